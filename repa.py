@@ -1,0 +1,231 @@
+"""Representations: the frozen teacher, the alignment loss, and a measure of alignment.
+
+REPA-E trains a VAE through a diffusion transformer. The diffusion loss cannot do that: it is small where latents are
+easy to denoise, and the easiest latents are constant ones. The alignment loss can: SiT's early tokens must predict what
+a frozen self-supervised teacher sees in the clean image, so the latents must keep the image's meaning.
+
+    align(h, f) = - mean over images and tokens of cos( projector(h_t), f )       (REPA, equation 8)
+
+    f  [B, T, d]   the teacher's patch tokens of the clean image (DINOv2 ViT-B/14: T = 256, d = 768)
+    h  [B, T, D]   SiT's tokens after block `align_depth`, at noise level t; projected to [B, T, d]
+
+This file knows nothing of SiT's inside, nor of the VAE.
+"""
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+def align_loss(projected, target):
+    """Lists of [B, T, d] (SiT's projected tokens, the teacher's tokens) -> scalar in [-1, 1]; -1 is perfect.
+
+    In float32 whatever the autocast: the norms of half-precision tokens are a known source of NaN.
+    """
+    with torch.autocast(target[0].device.type, enabled=False):
+        cosines = [(F.normalize(p.float(), dim=-1) * F.normalize(f.float(), dim=-1)).sum(-1).mean()
+                   for p, f in zip(projected, target, strict=True)]
+        return -sum(cosines) / len(cosines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DINOv2 (Oquab et al., 2304.07193) through torch.hub.
+
+DINOV2_REPO = "facebookresearch/dinov2"
+DINOV2_REVISION = "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"    # has the registers, and runs on every Python since 3.9
+DINOV2_DIMS = {"vits14": 384, "vitb14": 768, "vitl14": 1024, "vitg14": 1536}
+TEACHERS = ["tiny"] + [f"dinov2_{size}{registers}" for size in DINOV2_DIMS for registers in ("", "_reg")]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def teacher_shape(name, resolution):
+    """Tokens and width (T, d) of a teacher's output for images of this resolution, without loading it."""
+    if name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}: expected one of {', '.join(TEACHERS)}")
+    if name == "tiny":
+        return (resolution // TinyTeacher.stride) ** 2, TinyTeacher.dim
+    return (resolution // 16) ** 2, DINOV2_DIMS[name.split("_")[1]]     # 16 px of the image are one 14 px patch
+
+
+class DINOv2(nn.Module):
+    """uint8 [B, 3, R, R] -> patch tokens [B, (R/16)^2, d]: the image is resized by 14/16, so patches of 14 px fit.
+
+    repo: a local clone of facebookresearch/dinov2, instead of the download of its pinned revision.
+    weights: a local file (dinov2_vitb14_pretrain.pth), instead of the download of the weights.
+    """
+
+    def __init__(self, name, resolution, repo="", weights=""):
+        super().__init__()
+        file = f"dinov2_{name.split('_')[1]}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
+        self.side = resolution // 16
+        try:
+            where, source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_REVISION}", "github")
+            self.net = torch.hub.load(where, name, source=source, trust_repo=True, skip_validation=True, verbose=False,
+                                      pretrained=not weights)
+            if weights:
+                self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as error:  # hub code of any kind runs here: say what was wanted and where a file can be put
+            hub, why = Path(torch.hub.get_dir()), (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"cannot load the teacher {name} ({type(error).__name__}: {why}): "
+                f"put {file} into {hub / 'checkpoints'} and a clone of {DINOV2_REPO} anywhere and name it with "
+                "--teacher_repo=DIR, or name both with --teacher_repo=DIR --teacher_weights=FILE") from None
+        self.net.pos_embed = nn.Parameter(self.resample(self.net.pos_embed.data, self.side), requires_grad=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.eval().requires_grad_(False)
+
+    @staticmethod
+    def resample(table, side):
+        """Position table [1, 1 + n*n, d] -> [1, 1 + side*side, d]: bicubic with antialias; the class token's row stays.
+
+        Once, here: DINOv2's own resampling at run time has an offset and no antialias, and gives other tokens.
+        """
+        first, grid = table[:, :1], table[:, 1:]
+        n = math.isqrt(grid.shape[1])
+        grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(table.dtype)], 1)
+
+    def preprocess(self, image):
+        """uint8 -> normalised by ImageNet's statistics, then bicubic (without antialias) to 14 px for each patch."""
+        x = (image.float() / 255 - self.mean) / self.std
+        return F.interpolate(x, (14 * self.side, 14 * self.side), mode="bicubic")
+
+    def forward(self, image):
+        return self.net.forward_features(self.preprocess(image))["x_norm_patchtokens"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
+
+
+class TinyTeacher(nn.Module):
+    """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
+
+    dim, stride = 64, 8
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+
+        def stage(c_in, c_out, stride):
+            return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+
+        self.net = nn.Sequential(*stage(3, 32, 2), *stage(32, 64, 2), *stage(64, 64, 1), *stage(64, 96, 2),
+                                 *stage(96, 96, 1))
+        self.token, self.norm = nn.Linear(96, self.dim), nn.BatchNorm1d(self.dim, affine=False)
+        self.segment = nn.Linear(self.dim, num_classes + 1)     # the last class is the background
+        self.classify = nn.Linear(96, num_classes)
+
+    def features(self, image):
+        """-> tokens [B, T, 64], pooled [B, 96]."""
+        h = self.net(image.float() / 127.5 - 1).flatten(2).transpose(1, 2)                      # [B, T, 96]
+        tokens = self.norm(self.token(h).flatten(0, 1))         # each feature centred: a cosine of 0 is chance
+        return tokens.view(len(h), -1, self.dim), h.mean(1)
+
+    def forward(self, image):
+        return self.features(image)[0]
+
+
+def train_tiny_teacher(draw, steps=700, batch=64, seed=0):
+    """draw(indices) -> images, labels, masks (vae.py's Shapes.draw). Returns the teacher and its held-out accuracy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = TinyTeacher()
+    net = net.to(memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
+    for step in tqdm(range(steps), "training the tiny teacher", leave=False):
+        image, label, mask = draw(range(step * batch, (step + 1) * batch))
+        tokens, pooled = net.features(image)
+        share = F.avg_pool2d(mask[:, None], net.stride).flatten(1)                              # [B, T], of the shape
+        target = torch.where(share > 0.25, label[:, None], net.segment.out_features - 1)        # [B, T]
+        loss = (F.cross_entropy(net.segment(tokens).flatten(0, 1), target.flatten())
+                + F.cross_entropy(net.classify(pooled), label))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+    net.eval()
+    with torch.no_grad():
+        image, label, _ = draw(range(10**6, 10**6 + 1000))
+        accuracy = (net.classify(net.features(image)[1]).argmax(1) == label).float().mean().item()
+    return net, accuracy
+
+
+def load_tiny_teacher(draw, resolution, **recipe):
+    """The trained teacher, from torch.hub's cache if this recipe was trained before. -> teacher, accuracy."""
+    sheet = draw(range(16))[0].numpy().tobytes()                # other data: another teacher
+    with torch.random.fork_rng(devices=[]):                     # cached or not, the dice of the run stay where they are
+        net = TinyTeacher().to(memory_format=torch.channels_last)
+    key = hashlib.sha256(f"{resolution} {sorted(recipe.items())} {net}".encode() + sheet).hexdigest()[:8]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"tiny-teacher-{key}.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        net.load_state_dict(saved["net"])
+        return net.eval(), saved["accuracy"]
+    net, accuracy = train_tiny_teacher(draw, **recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"net": net.state_dict(), "accuracy": accuracy}, f"{path}.tmp")
+    Path(f"{path}.tmp").replace(path)
+    return net, accuracy
+
+
+def load_teacher(name, resolution, repo="", weights="", draw=None):
+    """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], with (T, d) = teacher_shape(name, resolution).
+
+    The caller lets one rank load first, so that downloads and the tiny teacher's training happen once.
+    """
+    teacher_shape(name, resolution)
+    if name != "tiny":
+        return DINOv2(name, resolution, repo, weights)
+    if draw is None:
+        raise ValueError("--teacher=tiny is trained on the tiny data: use --data=tiny, or another teacher "
+                         f"({', '.join(TEACHERS[1:])})")
+    return load_tiny_teacher(draw, resolution)[0].eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A measure of alignment that needs no projector: do the same images lie near each other?
+
+
+def neighbours(x, k):
+    """Rows of unit length [N, D] -> inner products with the k nearest other rows, and their numbers, [N, k] each."""
+    values, indices = [], []
+    for first in range(0, len(x), 1024):
+        products = x[first : first + 1024] @ x.T
+        products.diagonal(first).fill_(-math.inf)               # not the row itself
+        value, index = products.topk(k, dim=1)
+        values.append(value)
+        indices.append(index)
+    return torch.cat(values), torch.cat(indices)
+
+
+def cknna(a, b, k=10):
+    """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features [N, D], [N, d] of the same
+    N images -> 1 for the same neighbourhoods, about 0 for unrelated ones.
+
+        K_ij = a_i . a_j,  L_ij = b_i . b_j     of features of unit length, where j is one of the k nearest of i both in a
+                                                and in b, else 0
+        CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))        with the unbiased HSIC (Song et al. 2012, equation 5)
+
+    No N x N matrix is kept: N k entries at most are not 0. (Huh et al.'s code also adds 1e-6 to the
+    denominator, which lowers the value a little.)
+    """
+    n = len(a)
+    if len(b) != n or n <= max(k, 3):
+        raise ValueError(f"CKNNA with k = {k} needs the same {max(k, 3) + 1} or more images twice, got {n} and {len(b)}")
+    a, b = (neighbours(F.normalize(x.float(), dim=1), k) for x in (a, b))
+
+    def hsic(p, q):
+        (value_p, index_p), (value_q, index_q) = p, q
+        i, u, v = (index_p[:, :, None] == index_q[:, None]).nonzero(as_tuple=True)      # in both
+        j, K, L = index_p[i, u], value_p[i, u].double(), value_q[i, v].double()         # entries K_ij, L_ij
+        mirrored = torch.isin(i * n + j, j * n + i)                                     # L_ji is one, too
+        columns, rows = K.new_zeros(n).index_add_(0, j, K), K.new_zeros(n).index_add_(0, i, L)
+        return (K * L)[mirrored].sum() + K.sum() * L.sum() / ((n - 1) * (n - 2)) - 2 * columns @ rows / (n - 2)
+    return float(hsic(a, b) / (hsic(a, a) * hsic(b, b)).sqrt())     # HSIC's factor 1 / (n (n - 3)) cancels

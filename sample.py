@@ -1,0 +1,421 @@
+"""Images out of a checkpoint: solvers, guidance, and the few helpers that every script which uses a model needs.
+
+    python sample.py runs/tiny --count=64 --guidance=2             # grid.png; the path is all it needs
+    python sample.py runs/tiny --classes=star,heart --solver=ab2 --steps=50
+    torchrun --nproc_per_node=8 sample.py runs/repa-e --count=50000 --out=samples.npz  # ADM's layout, for FID
+
+From Python:
+
+    from sample import load_model
+    model = load_model("runs/tiny")
+    images = model([5, 7], steps=50, guidance=2.0)                 # uint8 [2, 3, R, R]
+
+Noise eps at t = 1 flows to latents at t = 0 along dz/dt = v (ODE: euler, heun, ab2), or with noise injected on the way
+(sde: Euler-Maruyama, the paper's). The noise and the label of image i depend on (seed, i) alone.
+"""
+import functools
+import hashlib
+import inspect
+import math
+import os
+import sys
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from sit import SiT, SiTConfig, score_from_velocity
+from vae import VAE, VAEConfig, config_from_dict, find_checkpoint, load_strict, read_weights, to_uint8
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes. One process without torchrun; as many as it starts with it.
+
+
+def start():
+    """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU of its own: "
+                             f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")                  # TF32 where float32 is asked for
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+        if torch.backends.mps.is_available() and rank == 0:
+            print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    return rank, world, device
+
+
+@contextmanager
+def rank0_first():
+    """Runs its block on the first process of each machine, then on the others: downloads happen once."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        if dist.is_initialized() and not first:
+            dist.barrier()
+        yield
+    finally:
+        if dist.is_initialized() and first:
+            dist.barrier()
+
+
+def all_mean(x):
+    """A tensor averaged over all processes (in place)."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def autocast(device):
+    """bfloat16 where the GPU computes in it, float32 elsewhere."""
+    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def seed_of(seed, stream, i):
+    """A 32-bit seed (CPU generators use no more): a hash of (seed, stream), plus i, so that no two i share one."""
+    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest()
+    return (int.from_bytes(digest, "little") + i) % 2**32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: a dataclass is the command line. `--key=value`; leading values without a key fill the first fields.
+
+
+def parse(cls, argv, presets=None):
+    """Command-line words -> an instance of cls. ValueError names the wrong word and the nearest right one.
+
+    --preset=a,b applies presets[a], then presets[b]; what is given by --key=value stands above both.
+    """
+    kinds = {field.name: field.type for field in fields(cls)}
+    chosen, values, positional = {}, {}, list(kinds)
+    for word in argv:
+        if word in ("-h", "--help"):
+            print(inspect.getsource(cls))
+            print("presets:", ", ".join(presets) if presets else "none")
+            raise SystemExit(0)
+        if not word.startswith("--"):
+            if not positional:
+                raise ValueError(f"one value too many: {word!r}")
+            word = f"--{positional.pop(0)}={word}"
+        key, equals, text = word[2:].partition("=")
+        if key == "preset" and presets:
+            for name in text.split(","):
+                if name not in presets:
+                    raise ValueError(f"unknown preset {name!r}{nearest(name, presets)}")
+                chosen.update(presets[name])
+            continue
+        if key not in kinds:
+            raise ValueError(f"unknown option --{key}{nearest(key, kinds)}")
+        if not equals:
+            raise ValueError(f"--{key} needs a value: --{key}=...")
+        values[key] = cast(key, text, kinds[key])
+    return cls(**{**chosen, **values})
+
+
+def nearest(word, known):
+    close = get_close_matches(word, known, 1, 0.5)
+    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+
+
+def cast(key, text, kind):
+    """Text -> int, float, bool or str, by the field's type."""
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    try:
+        return words[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number", bool: "0 or 1"}[kind]
+        raise ValueError(f"--{key}={text}: expected {expected}") from None
+
+
+def friendly(main):
+    """Runs main(argv); a user's mistake (ValueError, OSError) ends in one line and exit code 2 (TRACEBACK=1: all)."""
+    @functools.wraps(main)
+    def run():
+        try:
+            main(sys.argv[1:])
+        except (ValueError, OSError) as error:
+            if os.environ.get("TRACEBACK"):
+                raise
+            # an error of a data worker carries its traceback in the text: the last line says what happened
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            rank, ours = os.environ.get("RANK", "0"), os.environ.get("RANK", "0") == "0"
+            if dist.is_initialized():           # one message for all processes: that of the first one to fail
+                ours = dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+            if ours:
+                where = f" (process {rank})" if rank != "0" else ""
+                print(f"error{where}: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
+            sys.exit(2)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers: z at t = 1 -> z at t = 0, float64. velocity(z, t: float) -> dz/dt; steps is the number of network calls of
+# euler, ab2 and sde (heun: 2 steps - 1).
+
+
+def euler(velocity, z, steps):
+    """Order 1: z += dt v(z, t)."""
+    times = np.linspace(1, 0, steps + 1)
+    for t, t_next in zip(times, times[1:]):
+        z = z + (t_next - t) * velocity(z, t)
+    return z
+
+
+def heun(velocity, z, steps):
+    """Order 2: the mean of the velocities at both ends of the step. The last step is Euler's, as the authors'."""
+    times = np.linspace(1, 0, steps + 1)
+    for t, t_next in zip(times, times[1:]):
+        v = velocity(z, t)
+        ahead = z + (t_next - t) * v
+        z = ahead if t_next == 0 else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
+    return z
+
+
+def ab2(velocity, z, steps):
+    """Adams-Bashforth, order 2 with one call a step: v(t + dt/2) extrapolated from this velocity and the last one."""
+    times, last = np.linspace(1, 0, steps + 1), None
+    for t, t_next in zip(times, times[1:]):
+        v = velocity(z, t)
+        z = z + (t_next - t) * (v if last is None else 1.5 * v - 0.5 * last)
+        last = v
+    return z
+
+
+def euler_maruyama(velocity, z, steps, noise, path="linear", t_last=0.04):
+    """The reverse SDE dz = (v - w/2 score) dt + sqrt(w) dW with w(t) = 2t (SiT, section 2.3).
+
+    noise() -> standard normal, z's shape. t runs from 1 to t_last in steps - 1 intervals, because the score is singular
+    at t = 0, and from there to 0 in one, without noise.
+    """
+    times = np.append(np.linspace(1, t_last, steps), 0.0)
+    for t, t_next in zip(times, times[1:]):
+        w = 2 * t
+        v = velocity(z, t)
+        score = score_from_velocity(v, z, torch.full((len(z),), t, dtype=z.dtype, device=z.device), path)
+        z = z + (t_next - t) * (v - 0.5 * w * score)
+        if t_next > 0:
+            z = z + math.sqrt(w * (t - t_next)) * noise()
+    return z
+
+
+SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": euler_maruyama}
+
+
+def guided(sit, y, scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
+    """Classifier-free guidance in an interval (Kynkaanniemi et al., 2404.07724): -> velocity(z, t).
+
+    v = v_null + scale (v_y - v_null) where low <= t <= high and scale > 1, else v_y: one network call, not two.
+    The SDE's drift is affine in v, so guiding the velocity guides the drift.
+    """
+    null = torch.full_like(y, sit.cfg.num_classes)
+
+    def velocity(z, t):
+        time = torch.full((len(z),), t, dtype=dtype, device=z.device)
+        if scale <= 1 or not low <= t <= high:
+            return sit.velocity(z.to(dtype), time, y).double()
+        both = sit.velocity(torch.cat([z, z]).to(dtype), torch.cat([time, time]), torch.cat([y, null])).double()
+        v, v_null = both.chunk(2)
+        return v_null + scale * (v - v_null)
+    return velocity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model that generates.
+
+
+@dataclass
+class Model:
+    """What a checkpoint plays: the plain (or averaged) VAE, the EMA SiT with its latent statistics, the class names."""
+    vae: VAE
+    sit: SiT
+    classes: list
+    config: dict
+    step: int
+
+    @property
+    def device(self):
+        return self.sit.pos_embed.device
+
+    @torch.no_grad()
+    def batch(self, indices, labels, steps, solver, guidance, low, high, seed):
+        """Images number `indices` of the seed, of these labels -> uint8 [B, 3, R, R]."""
+        cfg, device = self.sit.cfg, self.device
+        generators = [torch.Generator(device).manual_seed(seed_of(seed, "image", i)) for i in indices]
+
+        def noise():
+            shape = (cfg.channels, cfg.size, cfg.size)
+            return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]).double()
+
+        y = torch.as_tensor(labels, device=device)
+        velocity = guided(self.sit, y, guidance, low, high)
+        with autocast(device):
+            if solver == "sde":
+                zn = euler_maruyama(velocity, noise(), steps, noise, cfg.path)
+            else:
+                zn = SOLVERS[solver](velocity, noise(), steps)
+        return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
+
+    def __call__(self, labels, steps=250, solver="sde", guidance=1.0, low=0.0, high=1.0, seed=0, batch=64, first=0):
+        """Labels (numbers) -> uint8 [len(labels), 3, R, R] on the CPU. Image i of a seed is number first + i."""
+        images = [self.batch(range(first + i, first + min(i + batch, len(labels))), labels[i : i + batch],
+                             steps, solver, guidance, low, high, seed).cpu() for i in range(0, len(labels), batch)]
+        return torch.cat(images)
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint's path, or a run's folder (its newest checkpoint) -> Model."""
+    path = find_checkpoint(path)
+    file = read_weights(path)
+    if not isinstance(file, dict) or not {"vae", "vae_config", "config", "classes", "steps"} <= file.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py (step_0000000.pt)")
+    if not {"ema", "sit_config"} <= file.keys():
+        raise ValueError(f"{path} holds a VAE without a SiT (--sit=none): train one with --vae={path}")
+    vae = VAE(config_from_dict(VAEConfig, file["vae_config"]))
+    load_strict(vae, file.get("vae_ema") or file["vae"], f"{path}: vae")
+    sit = load_strict(SiT(config_from_dict(SiTConfig, file["sit_config"])), file["ema"], f"{path}: ema")
+    for net in (vae, sit):
+        net.to(device).eval().requires_grad_(False)
+    return Model(vae, sit, file["classes"], file["config"], file["steps"])
+
+
+def choose_label(protocol, seed, i, num_classes):
+    """The label of image i: uniform ("random"), or each class equally often ("balanced")."""
+    if protocol == "balanced":
+        return i % num_classes
+    return int.from_bytes(hashlib.blake2b(f"{seed}/label/{i}".encode(), digest_size=8).digest(), "little") % num_classes
+
+
+def parse_classes(text, names):
+    """"star,7" -> label numbers; names are the data set's."""
+    labels = []
+    for word in text.split(","):
+        if word in names:
+            labels.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            labels.append(int(word))
+        else:
+            raise ValueError(f"unknown class {word!r}{nearest(word, names)} (or a number below {len(names)})")
+    return labels
+
+
+def grid(images, columns=None):
+    """uint8 [N, 3, R, R] -> uint8 [3, rows R, columns R], row by row, black where N ends."""
+    n, columns = len(images), columns or math.ceil(math.sqrt(len(images)))
+    rows, (_, R, _) = -(-n // columns), images.shape[1:]
+    sheet = torch.zeros(rows * columns, 3, R, R, dtype=torch.uint8)
+    sheet[:n] = images
+    return sheet.view(rows, columns, 3, R, R).permute(2, 0, 3, 1, 4).reshape(3, rows * R, columns * R)
+
+
+def save_png(path, image):
+    """uint8 [3, H, W] -> a PNG file, small images enlarged so that they can be looked at."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    factor = max(1, 640 // picture.width)
+    picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+@dataclass
+class Options:
+    path: str = ""              # a checkpoint, or a run's folder (its newest)
+    count: int = 64             # how many images
+    out: str = ""               # .png (a grid) or .npz (ADM's layout); default grid.png to 100 images, then samples.npz
+    solver: str = "sde"         # sde (Euler-Maruyama, the paper's), euler, heun, ab2
+    steps: int = 250            # network calls (heun: nearly twice as many)
+    guidance: float = 1.0       # classifier-free guidance scale; 1 is off
+    low: float = 0.0            # guidance only where low <= t <= high (t = 1 is noise)
+    high: float = 1.0
+    labels: str = "random"      # random or balanced (each class equally often): say which beside any FID
+    classes: str = ""           # instead: names or numbers, repeated in turn (star,heart)
+    seed: int = 0
+    batch: int = 64             # images at a time on each process
+
+
+def check(opt):
+    """The first mistake in the options, as a ValueError."""
+    if not opt.path:
+        raise ValueError("name a checkpoint or a run's folder: python sample.py runs/tiny")
+    if opt.solver not in SOLVERS:
+        raise ValueError(f"unknown solver {opt.solver!r}{nearest(opt.solver, SOLVERS)}")
+    if opt.labels not in ("random", "balanced"):
+        raise ValueError(f"--labels={opt.labels}: expected random or balanced (or --classes=...)")
+    if min(opt.count, opt.batch) < 1 or opt.steps < 2:
+        raise ValueError("--count and --batch must be at least 1, --steps at least 2")
+    if not 0 <= opt.guidance < math.inf or not opt.low <= opt.high:
+        raise ValueError(f"--guidance={opt.guidance} --low={opt.low} --high={opt.high}: expected numbers, low <= high")
+    if opt.out and not opt.out.endswith((".png", ".npz")):
+        raise ValueError(f"--out={opt.out}: expected a name that ends in .png (a grid) or .npz (ADM's layout)")
+
+
+@friendly
+def main(argv):
+    opt = parse(Options, argv)
+    check(opt)
+    rank, world, device = start()
+    model = load_model(opt.path, device)
+    out = Path(opt.out or ("grid.png" if opt.count <= 100 else "samples.npz"))
+    chosen = parse_classes(opt.classes, model.classes) if opt.classes else None
+    labels = [chosen[i % len(chosen)] if chosen else choose_label(opt.labels, opt.seed, i, len(model.classes))
+              for i in range(opt.count)]
+
+    # every process writes its rows of one memory-mapped array: 50,000 images of 256 px never are in memory
+    side = model.sit.cfg.size * model.vae.cfg.downsampling
+    raw = Path(f"{out}.rows.npy")
+    if rank == 0:
+        np.lib.format.open_memmap(raw, "w+", np.uint8, (opt.count, side, side, 3)).flush()
+    if world > 1:
+        dist.barrier()
+    rows = np.lib.format.open_memmap(raw, "r+")
+    mine = range(rank, opt.count, world)
+    for start_at in tqdm(range(0, len(mine), opt.batch), "sampling", disable=rank > 0):
+        indices = mine[start_at : start_at + opt.batch]
+        images = model.batch(indices, [labels[i] for i in indices], opt.steps, opt.solver, opt.guidance, opt.low,
+                             opt.high, opt.seed)
+        rows[list(indices)] = images.permute(0, 2, 3, 1).cpu().numpy()
+    rows.flush()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        if out.suffix == ".png":
+            save_png(out, grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2)))
+        else:
+            save_npz(out, raw, labels)
+        raw.unlink()
+        print(f"{out}: {opt.count} images, step {model.step}, {opt.solver} {opt.steps} steps, guidance {opt.guidance} "
+              f"in [{opt.low}, {opt.high}], labels {opt.classes or opt.labels}, seed {opt.seed}")
+
+
+def save_npz(out, raw, labels):
+    """A .npy file of images becomes arr_0 of an .npz, the labels arr_1, without passing through memory."""
+    temporary = Path(f"{out}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        file.write(raw, "arr_0.npy")
+        with file.open("arr_1.npy", "w") as entry:
+            np.lib.format.write_array(entry, np.asarray(labels, np.int64))
+    temporary.replace(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""The denoiser and its mathematics: interpolants, the latents' BatchNorm, and SiT.
+
+    z   [B, C, H, W]   unnormalised latents                     (from the VAE)
+    zn  = (z - mean) / sqrt(var + eps)                          LatentNorm, `bn`
+    z_t = alpha(t) zn + sigma(t) eps                            interpolate; t = 0 is data, t = 1 is noise
+    x   [B, T, D]      tokens of z_t, T = (H / patch) (W / patch)
+      |  blocks 1 .. align_depth                                early layers: they learn representations
+      |---> projector ---> [B, T, d_teacher]                    aligned with the teacher's tokens
+      |  the other blocks, final layer
+    v   [B, C, H, W]   predicted velocity d z_t / dt
+
+Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"
+(2401.08740); Yu et al., "Representation Alignment for Generation" (REPA, 2410.06940); Leng et al., REPA-E (2504.10483).
+Module names are timm's and the authors', so that published weights load. This file knows nothing of pixels, nor of how
+teacher and VAE work inside.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpolants: z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_* are derivatives with respect to t.
+
+
+def interpolant(t, path="linear"):
+    """t in [0, 1] -> alpha, sigma, d_alpha, d_sigma, each of t's shape."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "cosine":
+        a = math.pi / 2
+        return torch.cos(a * t), torch.sin(a * t), -a * torch.sin(a * t), a * torch.cos(a * t)
+    raise ValueError(f"unknown interpolant {path!r}: expected linear or cosine")
+
+
+def expand(t, x):
+    """t [B] -> [B, 1, ...], to be multiplied with x [B, ...]."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def interpolate(zn, eps, t, path="linear"):
+    """Latents zn and noise eps [B, C, H, W], t [B] -> z_t and the target velocity v = d_alpha zn + d_sigma eps."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, zn), path)
+    return alpha * zn + sigma * eps, d_alpha * zn + d_sigma * eps
+
+
+def data_noise_from_velocity(v, z_t, t, path="linear"):
+    """The two unknowns (zn, eps) of the two equations z_t = alpha zn + sigma eps, v = d_alpha zn + d_sigma eps."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
+    det = alpha * d_sigma - sigma * d_alpha         # linear: 1, cosine: pi/2; never 0
+    return (d_sigma * z_t - sigma * v) / det, (alpha * v - d_alpha * z_t) / det
+
+
+def velocity_from_data(zn, z_t, t, path="linear"):
+    """Predicted clean latents -> velocity; defined for t > 0, where sigma > 0."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
+    return d_alpha * zn + d_sigma * (z_t - alpha * zn) / sigma
+
+
+def velocity_from_noise(eps, z_t, t, path="linear"):
+    """Predicted noise -> velocity; defined for t < 1, where alpha > 0."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
+    return d_alpha * (z_t - sigma * eps) / alpha + d_sigma * eps
+
+
+def score_from_velocity(v, z_t, t, path="linear"):
+    """score = grad log p_t(z_t) = -E[eps | z_t] / sigma; defined for t > 0 (SiT, equation 9)."""
+    _, eps = data_noise_from_velocity(v, z_t, t, path)
+    return -eps / interpolant(expand(t, z_t), path)[1]
+
+
+def velocity_from_score(score, z_t, t, path="linear"):
+    """The inverse of score_from_velocity; defined for t < 1."""
+    return velocity_from_noise(-interpolant(expand(t, z_t), path)[1] * score, z_t, t, path)
+
+
+def time_from_uniform(u, weighting="uniform", path="linear"):
+    """u uniform in (0, 1), [B] -> training times t [B]: u itself, or EDM's lognormal sigma = exp(N(0, 1))."""
+    if weighting == "uniform":
+        return u
+    if weighting == "lognormal":
+        sigma = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).exp()
+        t = sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
+        return t.to(u.dtype)
+    raise ValueError(f"unknown weighting of t {weighting!r}: expected uniform or lognormal")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
+
+
+class LatentNorm(nn.Module):
+    """nn.BatchNorm2d(C, eps=1e-4, momentum=0.1, affine=False), its two modes as two calls.
+
+    forward(z) uses the running statistics: constants, so that the gradient of the VAE step reaches z through them
+    unchanged; it leaves them alone. normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps
+    their sums until commit() merges them into the running ones, once a step, however many micro-batches it had.
+    """
+
+    def __init__(self, channels, eps=1e-4, momentum=0.1):
+        super().__init__()
+        self.eps, self.momentum, self.pending = eps, momentum, None
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, z):
+        """z [B, C, H, W] -> zn, by the running statistics."""
+        return self._scale(z, self.running_mean, self.running_var)
+
+    def inverse(self, zn):
+        """zn -> z: the exact inverse of forward, before decoding."""
+        return zn * (self.running_var + self.eps).sqrt()[:, None, None] + self.running_mean[:, None, None]
+
+    def _scale(self, z, mean, var):
+        return (z - mean.to(z.dtype)[:, None, None]) * (var + self.eps).rsqrt().to(z.dtype)[:, None, None]
+
+    def normalise_batch(self, z):
+        """z [B, C, H, W] float32 -> zn, by this batch's mean and biased variance over all ranks."""
+        count = z.numel() // z.shape[1]
+        own = torch.stack([z.double().sum((0, 2, 3)), z.double().square().sum((0, 2, 3))])      # [2, C], float64
+        total = own.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+            count = count * dist.get_world_size()
+        self.pending = (total, count) if self.pending is None else (self.pending[0] + total, self.pending[1] + count)
+        sums = own + (total - own).detach()     # in the naive ablation a gradient flows through this rank's share
+        mean = sums[0] / count
+        var = sums[1] / count - mean.square()
+        return self._scale(z, mean.float(), var.float())
+
+    def pending_statistics(self):
+        """Mean and unbiased variance [C] of everything normalised since the last commit."""
+        (total, square), n = self.pending
+        mean = total / n
+        return mean.float(), ((square / n - mean.square()) * (n / max(n - 1, 1))).float()
+
+    @torch.no_grad()
+    def commit(self, ok):
+        """Move the running statistics towards the pending ones; where ok (a bool tensor) is False they stay."""
+        mean, var = self.pending_statistics()
+        self.pending = None
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(torch.where(ok, running.lerp(new, self.momentum), running))
+        self.num_batches_tracked += ok.long()
+
+    @torch.no_grad()
+    def set(self, mean, var):
+        """Start from given statistics, [C] each."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+        self.num_batches_tracked.zero_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    depth: int = 28
+    width: int = 1152               # D
+    heads: int = 16
+    patch: int = 2
+    channels: int = 4               # C, of the latents
+    size: int = 32                  # H = W, of the latents
+    num_classes: int = 1000         # the label num_classes is the null class
+    teacher_dims: tuple = (768,)    # one projector for each; () builds none
+    align_depth: int = 8            # the projectors read the output of this block
+    projector_width: int = 2048
+    qk_norm: bool = False
+    path: str = "linear"            # the interpolant it is trained on
+
+    @property
+    def tokens(self):
+        return (self.size // self.patch) ** 2
+
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}      # depth, width, heads
+
+
+def parse_size(name):
+    """ "SiT-XL/2" or "depth-width-heads/patch" ("6-192-3/2") -> (depth, width, heads, patch)."""
+    body, _, patch = name.removeprefix("SiT-").partition("/")
+    shape = SIZES.get(body) or tuple(int(n) if n.isdecimal() else 0 for n in body.split("-"))
+    if len(shape) != 3 or patch not in ("1", "2", "4", "8"):
+        raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, 2, 4 or 8 (SiT-XL/2), "
+                         "or depth-width-heads/patch (6-192-3/2)")
+    depth, width, heads = shape
+    if 0 in shape or width % heads or width % 4:
+        raise ValueError(f"SiT {name!r}: the width must be a positive multiple of its heads and of 4")
+    return depth, width, heads, int(patch)
+
+
+def sincos_2d(dim, side):
+    """Fixed position table [1, side * side, dim]: half of dim for the column, half for the row, each [sin, cos]."""
+    frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency                        # [side, dim/4]
+    line = torch.cat([angle.sin(), angle.cos()], 1)                                             # [side, dim/2]
+    column, row = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)           # [side, side, dim/2]
+    return torch.cat([column, row], 2).reshape(1, side * side, dim).float()
+
+
+def modulate(x, shift, scale):
+    """x [B, T, D] * (1 + scale [B, D]) + shift [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] -> [B, D]: 128 cosines, 128 sines of t times 10000^(-k/128), then an MLP."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.half = frequencies // 2
+
+    def forward(self, t):
+        k = torch.arange(self.half, device=t.device, dtype=torch.float32)
+        angle = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] -> [B, D]. Where drop [B] (bool) is True the null label num_classes stands in, for guidance."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y, drop=None):
+        return self.embedding_table(y if drop is None else torch.where(drop, self.num_classes, y))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)     # [B, heads, T, d]
+        x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block whose shifts, scales and gates come from the condition c [B, D]; zero gates at the start."""
+
+    def __init__(self, width, heads, qk_norm):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """[B, T, D] -> [B, T, patch * patch * C]."""
+
+    def __init__(self, width, patch, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, T, D]."""
+
+    def __init__(self, channels, width, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class SiT(nn.Module):
+    """The denoiser. Its three uses are forward (SiT step), align_only (VAE step) and velocity (sampling)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D, wide = cfg, cfg.width, cfg.projector_width
+        self.x_embedder = PatchEmbed(cfg.channels, D, cfg.patch)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(cfg.num_classes, D)
+        self.register_buffer("pos_embed", sincos_2d(D, cfg.size // cfg.patch))      # a constant: no optimizer sees it
+        self.blocks = nn.ModuleList(Block(D, cfg.heads, cfg.qk_norm) for _ in range(cfg.depth))
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, dim))
+            for dim in cfg.teacher_dims)
+        self.final_layer = FinalLayer(D, cfg.patch, cfg.channels)
+        self.bn = LatentNorm(cfg.channels)
+        self.initialise()
+
+    def initialise(self):
+        """adaLN-Zero: every block starts as the identity, and the predicted velocity as 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
+                self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def embed(self, z_t, t, y, drop=None):
+        """-> tokens x [B, T, D] and condition c [B, D]."""
+        return self.x_embedder(z_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, drop)
+
+    def unpatchify(self, x):
+        """[B, T, patch * patch * C] -> [B, C, H, W]; the last axis is ordered (row in the patch, column, channel)."""
+        B, p, n = len(x), self.cfg.patch, self.cfg.size // self.cfg.patch
+        x = x.view(B, n, n, p, p, self.cfg.channels).permute(0, 5, 1, 3, 2, 4)      # [B, C, n, p, n, p]
+        return x.reshape(B, self.cfg.channels, n * p, n * p)
+
+    def forward(self, z_t, t, y, drop=None):
+        """z_t [B, C, H, W] normalised noisy latents, t [B], labels y [B], drop [B] bool or None
+        -> v [B, C, H, W], and a list of projected tokens [B, T, d_teacher], one for each projector."""
+        x, c = self.embed(z_t, t, y, drop)
+        tokens = []
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x, c)
+            if i == self.cfg.align_depth:
+                tokens = [project(x) for project in self.projectors]
+        return self.unpatchify(self.final_layer(x, c)), tokens
+
+    def align_only(self, z_t, t, y):
+        """The projected tokens of forward, without the blocks behind align_depth and without label dropout."""
+        x, c = self.embed(z_t, t, y)
+        for block in self.blocks[: self.cfg.align_depth]:
+            x = block(x, c)
+        return [project(x) for project in self.projectors]
+
+    def velocity(self, z_t, t, y):
+        """v [B, C, H, W] alone."""
+        x, c = self.embed(z_t, t, y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def hidden(self, z_t, t, y):
+        """The tokens behind each block, a list of [B, T, D]."""
+        x, c = self.embed(z_t, t, y)
+        tokens = []
+        for block in self.blocks:
+            x = block(x, c)
+            tokens.append(x)
+        return tokens

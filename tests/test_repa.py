@@ -1,0 +1,236 @@
+"""The teachers and the alignment loss, with timm, numpy and a stand-in for DINOv2's repository as references.
+
+    python -m pytest tests/test_repa.py
+"""
+import math
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed import resample_abs_pos_embed
+
+import repa
+from vae import Shapes
+
+# A repository with DINOv2's interface: pretrained weights come through torch.hub, the position table is 37 x 37.
+HUBCONF = '''
+import torch
+from torch import nn
+
+
+class ViT(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, 1370, dim))
+        self.patch_embed, self.norm, self.drop = nn.Conv2d(3, dim, 14, 14), nn.LayerNorm(dim), nn.Dropout(0.5)
+
+    def forward_features(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = self.drop(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed)
+        x = self.norm(x + x.mean(1, keepdim=True))
+        return {"x_norm_clstoken": x[:, 0], "x_norm_patchtokens": x[:, 1:]}
+
+
+def make(name, dim):
+    def build(*, pretrained=True, **kwargs):
+        net = ViT(dim)
+        if pretrained:
+            url = f"https://dl.fbaipublicfiles.com/dinov2/{name}_pretrain.pth"
+            net.load_state_dict(torch.hub.load_state_dict_from_url(url, map_location="cpu"))
+        return net
+    return build
+
+
+dinov2_vits14, dinov2_vits14_reg = make("dinov2_vits14", 384), make("dinov2_vits14_reg4", 384)
+dinov2_vitb14, dinov2_vitb14_reg = make("dinov2_vitb14", 768), make("dinov2_vitb14_reg4", 768)
+'''
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pictures(count, side, seed=0):
+    return (noise(count, 3, side, side, seed=seed) * 60 + 128).clamp(0, 255).byte()
+
+
+def stand_in(tmp_path, monkeypatch, dim=768):
+    """A local repository, random weights for it, an empty TORCH_HOME and no network -> repository, weights."""
+    def no_network(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    (tmp_path / "dinov2").mkdir()
+    (tmp_path / "dinov2/hubconf.py").write_text(HUBCONF)
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1370, dim), "patch_embed.weight": (dim, 3, 14, 14),
+              "patch_embed.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    return str(tmp_path / "dinov2"), {key: noise(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def checkpoints(tmp_path):
+    folder = tmp_path / "home/hub/checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cubic_matrix(n_in, n_out, a=-0.75):
+    """[n_out, n_in]: bicubic interpolation of a line: Keys' kernel, pixel centres, the edge repeated, no antialias."""
+    matrix = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        x = (i + 0.5) * n_in / n_out - 0.5
+        for j in range(math.floor(x) - 1, math.floor(x) + 3):
+            d = abs(x - j)
+            weight = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d < 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[i, min(max(j, 0), n_in - 1)] += weight
+    return matrix
+
+
+def preprocessed(image):
+    """DINOv2's input, in numpy: ImageNet's statistics, then 14 px for every 16."""
+    x = image.numpy() / 255
+    x = (x - np.array([0.485, 0.456, 0.406])[:, None, None]) / np.array([0.229, 0.224, 0.225])[:, None, None]
+    matrix = cubic_matrix(x.shape[-1], x.shape[-1] // 16 * 14)
+    return torch.from_numpy(matrix @ x @ matrix.T)
+
+
+def tokens_of(weights, image):
+    """What the stand-in must answer, position table resampled by timm."""
+    w = {key: value.double() for key, value in weights.items()}
+    x = F.conv2d(preprocessed(image), w["patch_embed.weight"], w["patch_embed.bias"], 14).flatten(2).transpose(1, 2)
+    side = image.shape[-1] // 16
+    table = resample_abs_pos_embed(w["pos_embed"], [side, side], num_prefix_tokens=1, antialias=True)
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], 1) + table
+    return F.layer_norm(x + x.mean(1, keepdim=True), x.shape[-1:], w["norm.weight"], w["norm.bias"])[:, 1:]
+
+
+def test_align_loss_is_the_mean_cosine():
+    """Minus the cosine, averaged over images, tokens and teachers, each teacher alike whatever its width."""
+    projected = [noise(2, 3, 5, seed=1), 7 * noise(2, 3, 8, seed=2)]
+    target = [3 * noise(2, 3, 5, seed=3), noise(2, 3, 8, seed=4)]
+    total = 0.0
+    for p, f in zip(projected, target):
+        for b in range(2):
+            for t in range(3):
+                total += (p[b, t] @ f[b, t] / p[b, t].norm() / f[b, t].norm()).item()
+    assert repa.align_loss(projected, target).item() == pytest.approx(-total / 12, rel=1e-5)
+    assert repa.align_loss(target, [5 * f for f in target]).item() == pytest.approx(-1)
+    with pytest.raises(ValueError):
+        repa.align_loss(projected, target[:1])
+
+
+def test_align_loss_in_float32():
+    """Half-precision tokens, under autocast too, are normalised in float32: none overflows or vanishes."""
+    p, f = noise(2, 3, 64, seed=1).half() * 3000, noise(2, 3, 64, seed=2).half() * 3e-5
+    expected = -torch.cosine_similarity(p.double(), f.double(), dim=-1).mean()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = repa.align_loss([p], [f])
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("side", [16, 32, 37])
+def test_position_table_equals_timm(side):
+    """The table is resampled as timm does (bicubic, antialias), the class token's row kept, 37 -> 37 unchanged."""
+    table = noise(1, 1370, 12)
+    ours, theirs = repa.DINOv2.resample(table, side), resample_abs_pos_embed(table, [side, side], num_prefix_tokens=1)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.equal(ours[:, 0], table[:, 0]) and (side != 37 or torch.allclose(ours, table, atol=1e-6))
+
+
+@pytest.mark.parametrize("local_file", [False, True])
+def test_dinov2(tmp_path, monkeypatch, local_file):
+    """The tokens of a repository with DINOv2's interface, weights from torch.hub's cache or a file; all frozen."""
+    repo, weights = stand_in(tmp_path, monkeypatch)
+    file = tmp_path / "w.pth" if local_file else checkpoints(tmp_path) / "dinov2_vitb14_pretrain.pth"
+    torch.save(weights, file)
+    teacher = repa.load_teacher("dinov2_vitb14", 256, repo, str(file) if local_file else "")
+    image = pictures(2, 256)
+    tokens = teacher(image)
+    assert tokens.shape == (2, *repa.teacher_shape("dinov2_vitb14", 256)) == (2, 256, 768)
+    teacher.double()        # float32's interpolation places its samples only to 1e-5 of a pixel: 1e-4 in the values
+    assert torch.allclose(teacher.preprocess(image), preprocessed(image), atol=1e-6)
+    assert torch.allclose(teacher(image), tokens_of(weights, image), atol=1e-5)
+    assert torch.allclose(tokens.double(), tokens_of(weights, image), atol=1e-2)
+    assert not tokens.requires_grad and not tokens.is_inference() and not teacher.net.drop.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_dinov2_with_registers(tmp_path, monkeypatch):
+    """Names with _reg and other resolutions find their own weights, width and number of tokens."""
+    repo, weights = stand_in(tmp_path, monkeypatch, dim=384)
+    torch.save(weights, checkpoints(tmp_path) / "dinov2_vits14_reg4_pretrain.pth")
+    image = pictures(1, 64)
+    tokens = repa.load_teacher("dinov2_vits14_reg", 64, repo).double()(image)
+    assert tokens.shape == (1, *repa.teacher_shape("dinov2_vits14_reg", 64)) == (1, 16, 384)
+    assert torch.allclose(tokens, tokens_of(weights, image), atol=1e-5)
+    widths = [repa.teacher_shape(f"dinov2_vit{size}14", 512)[1] for size in "sblg"]
+    assert widths == [384, 768, 1024, 1536] and repa.teacher_shape("dinov2_vitg14_reg", 512)[0] == 1024
+
+
+def test_dinov2_out_of_reach(tmp_path, monkeypatch):
+    """No network, no repository or no weights: one line that says which file and which clone go where."""
+    repo, weights = stand_in(tmp_path, monkeypatch)
+    torch.save({"cls_token": weights["cls_token"]}, tmp_path / "short.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    cases = [("dinov2_vitb14", "", ""), ("dinov2_vitb14", repo, ""), ("dinov2_vitl14", repo, ""),
+             ("dinov2_vitb14", str(tmp_path / "nowhere"), ""), ("dinov2_vitb14", repo, str(tmp_path / "absent.pth")),
+             ("dinov2_vitb14", repo, str(tmp_path / "short.pth")), ("dinov2_vitb14", repo, str(tmp_path / "text.pth"))]
+    for name, folder, file in cases:
+        with pytest.raises(ValueError) as caught:
+            repa.load_teacher(name, 256, folder, file)
+        words = (name, f"{name}_pretrain.pth", tmp_path / "home/hub/checkpoints", "--teacher_repo", "--teacher_weights")
+        assert all(str(word) in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_unknown_teacher():
+    """A wrong name lists the right ones; the tiny teacher without its data says which data it needs."""
+    for call in (repa.teacher_shape, repa.load_teacher):
+        with pytest.raises(ValueError, match="'dinov3'.*tiny, dinov2_vits14, dinov2_vits14_reg"):
+            call("dinov3", 256)
+    with pytest.raises(ValueError, match="--data=tiny"):
+        repa.load_teacher("tiny", 32)
+
+
+def test_tiny_teacher_learns():
+    """The offline teacher depends on its seed alone, learns, and leaves the caller's random numbers alone."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, poor = repa.train_tiny_teacher(Shapes(32).draw, steps=5, batch=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second, accuracy = repa.train_tiny_teacher(Shapes(32).draw, steps=5, batch=16)
+    again = second.state_dict()
+    assert accuracy == poor and all(torch.equal(value, again[key]) for key, value in first.state_dict().items())
+    other, _ = repa.train_tiny_teacher(Shapes(32).draw, steps=5, batch=16, seed=1)
+    assert not torch.equal(other.token.weight, first.token.weight)
+    _, better = repa.train_tiny_teacher(Shapes(32).draw, steps=200, batch=32)
+    assert better > 0.5                                             # ten classes: chance is 0.1
+
+
+def test_tiny_teacher_is_cached(tmp_path, monkeypatch):
+    """The first run trains, the next ones load: the same tokens bit by bit, the same random numbers afterwards."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    draw, image, found = Shapes(32).draw, pictures(3, 32), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net, accuracy = repa.load_tiny_teacher(draw, 32, steps=3, batch=8)
+        found.append((net(image).detach(), accuracy, torch.rand(2)))
+        monkeypatch.setattr(repa, "train_tiny_teacher", None)       # a second training would fail
+    for a, b in zip(*found):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 1
+    assert found[0][0].shape == (3, *repa.teacher_shape("tiny", 32))
+
+
+def test_tiny_teacher_is_frozen(tmp_path, monkeypatch):
+    """In a run it is in eval mode and without gradients: an image's tokens do not depend on the batch it is in."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    train = repa.train_tiny_teacher
+    monkeypatch.setattr(repa, "train_tiny_teacher", lambda draw: train(draw, steps=3, batch=8))
+    for _ in range(2):                                              # trained, then loaded
+        net = repa.load_teacher("tiny", 32, draw=Shapes(32).draw)
+        tokens = net(pictures(3, 32))
+        assert not net.training and not tokens.requires_grad
+        assert torch.allclose(net(pictures(3, 32)[1:2]), tokens[1:2], atol=1e-5)

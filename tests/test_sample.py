@@ -1,0 +1,317 @@
+"""Solvers on a velocity known in closed form, guidance, options, and sample.py from a checkpoint to files.
+
+    python -m pytest tests/test_sample.py
+"""
+import math
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed.run import get_args_parser
+
+import sample as P
+from sit import SiT, SiTConfig, interpolant
+from vae import VAE, VAEConfig, to_uint8
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["disc", "ring", "star"]
+M, STD = 0.7, 0.4               # the Gaussian that the analytic velocity leads to
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gaussian(path, calls=None):
+    """E[v | z_t = z] for data N(M, STD^2). Its ODE keeps (z - alpha M) / std_t: z at t = 0 is M + STD z at t = 1."""
+    def velocity(z, t):
+        if calls is not None:
+            calls.append(t)
+        alpha, sigma, d_alpha, d_sigma = (float(x) for x in interpolant(torch.tensor(t, dtype=torch.float64), path))
+        var = alpha**2 * STD**2 + sigma**2
+        return d_alpha * M + (d_alpha * alpha * STD**2 + d_sigma * sigma) / var * (z - alpha * M)
+    return velocity
+
+
+def checkpoint(path, sit=True, **more):
+    """A small checkpoint as train.py writes it, all weights random (a new SiT's velocity is 0)."""
+    vae_config = VAEConfig(z_channels=4, ch=8, ch_mult=(1, 2), num_res_blocks=1, groups=4, patch=2)
+    sit_config = SiTConfig(2, 24, 3, 2, 4, 4, len(CLASSES), (), 1)
+    torch.manual_seed(0)
+    vae, net = VAE(vae_config), SiT(sit_config)
+    for i, p in enumerate(net.parameters()):
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(i))
+    net.bn.set(torch.tensor([1.0, 0, -1, 0.5]), torch.tensor([1.0, 2, 0.5, 1]))
+    file = {"vae": vae.state_dict(), "vae_config": asdict(vae_config), "config": {}, "classes": CLASSES, "steps": 7}
+    torch.save(file | ({"ema": net.state_dict(), "sit_config": asdict(sit_config)} if sit else {}) | more, path)
+    return vae, net
+
+
+def levels(a, b):
+    """The largest difference of two arrays of pixels, in grey levels."""
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers.
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("name, order, calls", [("euler", 1, 80), ("heun", 2, 159), ("ab2", 2, 80)])
+def test_order_of_convergence(name, order, calls, path):
+    """Halving the step divides the error by 2 (euler) or 4 (heun, ab2); steps says how many network calls."""
+    z, solve, seen = noise(50), P.SOLVERS[name], []
+    errors = [(solve(gaussian(path), z, steps) - (M + STD * z)).abs().max().item() for steps in (40, 80)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15) and errors[1] < 0.03
+    solve(gaussian(path, seen), z, 80)
+    assert len(seen) == calls and seen[0] == 1 and seen == sorted(seen, reverse=True) and min(seen) > 0
+
+
+def test_solvers_by_hand():
+    """One step each, from the definition: dz/dt = t z from t = 1 to 0."""
+    z = torch.tensor([1.0], dtype=torch.float64)
+    assert P.euler(lambda z, t: t * z, z, 1).item() == 0
+    assert P.euler(lambda z, t: t * z, z, 2).item() == pytest.approx(0.5 * 0.75)
+    heun = 1 - 0.25 * (1 + 0.5 * 0.5)                               # then Euler: 1/2 of 1/2
+    assert P.heun(lambda z, t: t * z, z, 2).item() == pytest.approx(heun * 0.75)
+    assert P.ab2(lambda z, t: t * z, z, 2).item() == pytest.approx(0.5 - 0.5 * (1.5 * 0.5 * 0.5 - 0.5 * 1))
+
+
+def moments(path, steps, t_last):
+    """Mean and std that the reverse SDE's Euler steps have from N(0, 1), each step being affine in z: by recursion."""
+    times, mean, var = [*np.linspace(1, t_last, steps), 0.0], 0.0, 1.0
+    for t, t_next in zip(times, times[1:]):
+        alpha, sigma, d_alpha, d_sigma = (float(x) for x in interpolant(torch.tensor(t, dtype=torch.float64), path))
+        var_t, dt = alpha**2 * STD**2 + sigma**2, t_next - t
+        slope = (d_alpha * alpha * STD**2 + d_sigma * sigma) / var_t + t / var_t    # of v - w/2 score, w(t) = 2t
+        mean = mean + dt * (d_alpha * M + slope * (mean - alpha * M))
+        var = var * (1 + dt * slope) ** 2 + (2 * t * -dt if t_next else 0)
+    return mean, math.sqrt(var)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("steps, t_last", [(50, 0.04), (500, 0.002)])
+def test_sde(path, steps, t_last):
+    """Euler-Maruyama's samples have the moments of its definition, and with a small last step those of the data."""
+    n, g, seen = 40_000, torch.Generator().manual_seed(0), []
+
+    def draw():
+        return torch.randn(n, generator=g, dtype=torch.float64)
+    z = P.euler_maruyama(gaussian(path, seen), draw(), steps, draw, path, t_last)
+    assert len(seen) == steps and seen[0] == 1 and seen[-1] == pytest.approx(t_last)
+    mean, std = moments(path, steps, t_last)
+    assert abs(z.mean() - mean) < 4 * STD / n**0.5 and abs(z.std() / std - 1) < 4 / (2 * n) ** 0.5
+    assert t_last > 0.01 or mean == pytest.approx(M, abs=0.002) and std == pytest.approx(STD, rel=0.003)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_sde_by_hand(path):
+    """Published steps: t from 1 to 0.04, drift v - w/2 score, noise sqrt(w dt), w(t) = 2t; the last without noise."""
+    draws, z = [noise(6, seed=i) for i in range(4)], noise(6, seed=9)
+    unused = iter(draws)
+    result = P.euler_maruyama(gaussian(path), z, 5, lambda: next(unused), path)
+    assert not list(unused)                                         # four draws for five steps
+    times = [1, 0.76, 0.52, 0.28, 0.04, 0]
+    for t, t_next, eps in zip(times, times[1:], [*draws, torch.zeros(6)]):
+        alpha, sigma = (1 - t, t) if path == "linear" else (math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t))
+        score = -(z - alpha * M) / (alpha**2 * STD**2 + sigma**2)
+        z = z - (t - t_next) * (gaussian(path)(z, t) - t * score) + math.sqrt(2 * t * (t - t_next)) * eps
+    assert torch.allclose(result, z, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance.
+
+
+def test_guided():
+    """v_null + scale (v_y - v_null) in one call of 2B inside the interval (ends too), v_y in one call of B outside."""
+    sizes = []
+
+    def network(z, t, y):                                           # a velocity that shows what it was asked
+        sizes.append(len(z))
+        assert z.dtype == t.dtype == torch.float32
+        return z * t[:, None] + y[:, None]
+    sit, y = Namespace(cfg=Namespace(num_classes=10), velocity=network), torch.tensor([3, 4])
+    z = noise(2, 5)
+    for scale, t, batch in ((2.5, 0.5, 4), (2.5, 0.25, 4), (2.5, 0.75, 4), (2.5, 0.2, 2), (2.5, 0.8, 2), (1.0, 0.5, 2),
+                            (0.0, 0.5, 2)):
+        v = P.guided(sit, y, scale, 0.25, 0.75)(z, t)
+        label = 10 + scale * (y - 10) if batch == 4 else y
+        assert sizes.pop() == batch and not sizes and v.dtype == torch.float64
+        assert torch.allclose(v, z * t + label[:, None], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+def test_model_in_three_lines(tmp_path):
+    """Image i is a function of (seed, i, label, settings): not of the batch, of a call's start, or of other dice."""
+    checkpoint(tmp_path / "m.pt")
+    model = P.load_model(tmp_path / "m.pt")
+    labels = [0, 1, 2, 0, 1, 2, 0]
+    for solver in P.SOLVERS:
+        options = dict(steps=4, solver=solver, guidance=2.0, high=0.8)
+        whole = model(labels, **options)
+        assert whole.dtype == torch.uint8 and whole.shape == (7, 3, 16, 16) and whole.float().std() > 5
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        assert levels(model(labels, batch=3, **options), whole) <= 1
+        assert levels(model(labels[4:], first=4, **options), whole[4:]) <= 1
+        assert levels(model(labels[:1], **options), whole[:1]) <= 1
+        assert torch.equal(torch.get_rng_state(), before)
+        assert levels(model(labels, seed=1, **options), whole) > 10 and levels(whole[0], whole[3]) > 10
+        assert levels(model([1] * 7, **options)[0], whole[0]) > 1               # the label and guidance matter
+        assert levels(model(labels, steps=4, solver=solver), whole) > 1
+
+
+def test_model_by_hand(tmp_path):
+    """What is decoded: the EMA SiT's velocity, bn's statistics undone, the averaged VAE where there is one."""
+    plain, sit = checkpoint(tmp_path / "m.pt")
+    other = VAE(plain.cfg)
+    checkpoint(tmp_path / "averaged.pt", vae_ema=other.state_dict())
+    eps = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(P.seed_of(5, "image", 0)))[None].double()
+    with torch.no_grad():
+        zn = P.euler(lambda z, t: sit.velocity(z.float(), torch.tensor([t]).float(), torch.tensor([1])), eps, 3)
+        z = zn * (sit.bn.running_var + 1e-4).sqrt()[:, None, None] + sit.bn.running_mean[:, None, None]
+        for name, vae in (("m.pt", plain), ("averaged.pt", other)):
+            model = P.load_model(tmp_path / name)
+            assert levels(model([1], steps=3, solver="euler", seed=5), to_uint8(vae.decode(z.float()))) <= 1
+            assert model.step == 7 and model.classes == CLASSES and not model.vae.training and not model.sit.training
+
+
+def test_seeds():
+    """Seeds fit the 32 bits that CPU generators use, and differ between images, seeds and streams."""
+    seeds = {P.seed_of(seed, stream, i) for seed in range(5) for stream in ("image", "noise") for i in range(1000)}
+    assert len(seeds) == 10_000 and all(0 <= s < 2**32 for s in seeds)
+
+
+def test_labels():
+    """balanced: each class equally often; random: by (seed, i) alone, about equally; --classes by name or number."""
+    assert np.bincount([P.choose_label("balanced", 0, i, 7) for i in range(70)]).tolist() == [10] * 7
+    chosen = [P.choose_label("random", 0, i, 10) for i in range(2000)]
+    count = np.bincount(chosen, minlength=10)
+    assert len(count) == 10 and abs(count - 200).max() < 60         # standard deviation: 13
+    assert [P.choose_label("random", 1, i, 10) for i in range(2000)] != chosen
+    assert P.parse_classes("star,0,ring,2", CLASSES) == [2, 0, 1, 2] and P.parse_classes("7", ["7", "8"]) == [0]
+    for text, word in (("sart", "star"), ("disc,3", "below 3"), ("-1", "below 3"), ("", "disc"), ("²", "below 3")):
+        with pytest.raises(ValueError, match=word) as caught:
+            P.parse_classes(text, CLASSES)
+        assert "unknown class" in str(caught.value)
+
+
+def test_grid(tmp_path):
+    """Images lie row by row, black where they end; a small picture is enlarged by a whole factor."""
+    images = torch.arange(1, 6).to(torch.uint8)[:, None, None, None].expand(5, 3, 4, 4)
+    sheet = P.grid(images)
+    assert sheet.shape == (3, 8, 12) and sheet[0, ::4, ::4].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert P.grid(images, columns=1).shape == (3, 20, 4) and torch.equal(P.grid(images[:1]), images[0])
+    P.save_png(tmp_path / "a.png", sheet)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert picture.shape == (8 * 53, 12 * 53, 3) and (picture[::53, ::53] == sheet.permute(1, 2, 0).numpy()).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and the command.
+
+
+@dataclass
+class Demo:
+    path: str = ""
+    steps: int = 5
+    rate: float = 1.0
+    fast: bool = False
+
+
+def test_parse():
+    """The order of authority: defaults, presets from left to right, then what is given by name wherever it stands."""
+    presets = {"a": dict(steps=1, rate=2.0), "b": dict(steps=2)}
+    assert P.parse(Demo, []) == Demo() and P.parse(Demo, ["here", "7"]) == Demo("here", 7)
+    assert P.parse(Demo, ["--preset=a,b"], presets) == Demo(steps=2, rate=2.0)
+    assert P.parse(Demo, ["--preset=b,a"], presets) == Demo(steps=1, rate=2.0)
+    assert P.parse(Demo, ["--steps=9", "--preset=a", "--preset=b"], presets) == Demo(steps=9, rate=2.0)
+    assert P.parse(Demo, ["--path=a=b", "--rate=1e-4", "--fast=True"]) == Demo("a=b", rate=1e-4, fast=True)
+    for words, message in ((["--step=1"], "--step: did you mean steps"), (["--steps=x"], "--steps=x: expected a whole"),
+                           (["--steps=1.5"], "whole number"), (["--rate=fast"], "--rate=fast: expected a number"),
+                           (["--fast=2"], "--fast=2: expected 0 or 1"), (["--steps"], "--steps needs a value"),
+                           (["--preset=c"], "unknown preset 'c'"), (["--xyzzy=1"], "expected one of path, steps"),
+                           (["a", "1", "1", "1", "extra"], "extra")):
+        with pytest.raises(ValueError, match=message):
+            P.parse(Demo, words, presets)
+
+
+def command(*words, launcher=(), cwd=ROOT):
+    return subprocess.run([sys.executable, *launcher, str(ROOT / "sample.py"), *map(str, words)], cwd=cwd, timeout=300,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def torchrun(n):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return ["-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={s.getsockname()[1]}"]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(P.Options)])
+def test_options_pass_through_torchrun(name):
+    """torchrun must not take an option of ours for an abbreviation of its own (as "--n" would be)."""
+    words = ["runs/tiny", f"--{name}=1"]
+    assert get_args_parser().parse_args(["--nproc_per_node=8", "sample.py", *words]).training_script_args == words
+
+
+def test_command(tmp_path):
+    """A run's path alone gives a grid; .npz has ADM's layout; two processes give the pictures and labels of one."""
+    checkpoint(tmp_path / "step_0000007.pt")
+    done = command(tmp_path, "3", "--steps=3", cwd=tmp_path)
+    assert done.returncode == 0 and Image.open(tmp_path / "grid.png").size == (640, 640), done.stderr
+    words = (tmp_path, "7", "--steps=3", "--batch=2", "--guidance=2")
+    for name, launcher in (("one.npz", ()), ("two.npz", torchrun(2))):
+        done = command(*words, f"--out={tmp_path / name}", launcher=launcher)
+        assert done.returncode == 0 and "7 images, step 7, sde 3 steps" in done.stdout, done.stderr
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert one["arr_0"].shape == (7, 16, 16, 3) and one["arr_0"].dtype == np.uint8
+    assert one["arr_1"].tolist() == two["arr_1"].tolist() == [P.choose_label("random", 0, i, 3) for i in range(7)]
+    assert levels(one["arr_0"], two["arr_0"]) <= 1
+    images = P.load_model(tmp_path)(one["arr_1"].tolist(), steps=3, guidance=2.0)
+    assert levels(images.permute(0, 2, 3, 1), one["arr_0"]) <= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "one.npz", "step_0000007.pt", "two.npz"]
+
+
+def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
+    """Each mistake ends with exit code 2 and one line on stderr that names it; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint("vae.pt", sit=False)
+    checkpoint("m.pt")
+    torch.save({"a": torch.zeros(1)}, "other.pt")
+    Path("text.pt").write_text("hello")
+    Path("empty.pt").write_text("")
+    Path("folder").mkdir()
+    before = sorted(os.listdir())
+    for words, message in ((["vae.pt"], "holds a VAE without a SiT"), (["other.pt"], "no checkpoint of train.py"),
+                           (["text.pt"], "text.pt"), (["empty.pt"], "empty.pt"), (["absent.pt"], "absent.pt"),
+                           (["folder"], "folder"), ([], "name a checkpoint"), (["m.pt", "--solver=huen"], "mean heun"),
+                           (["m.pt", "0"], "at least 1"), (["m.pt", "--steps=1"], "--steps"),
+                           (["m.pt", "--out=a.jpg"], "a.jpg"), (["m.pt", "--labels=even"], "even"),
+                           (["m.pt", "--classes=stra"], "star"), (["m.pt", "--guidnce=2"], "guidance"),
+                           (["m.pt", "--out=nowhere/a.png"], "nowhere")):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            P.main()
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert caught.value.code == 2 and len(lines) == 1, lines
+        assert lines[0].startswith("error: ") and message in lines[0]
+    assert sorted(os.listdir()) == before
+
+
+def test_mistake_at_the_command_line(tmp_path):
+    """The same in a real process: one line, no traceback."""
+    checkpoint(tmp_path / "vae.pt", sit=False)
+    done = command(tmp_path / "vae.pt")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,310 @@
+"""The denoiser: interpolants, the latents' BatchNorm and SiT against autograd, nn.BatchNorm2d, timm and closed forms.
+
+    python -m pytest tests/test_sit.py
+"""
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as F
+
+import sit as S
+
+PATHS = ["linear", "cosine"]
+TINY = S.SiTConfig(depth=3, width=24, heads=3, patch=2, channels=4, size=8, num_classes=5, teacher_dims=(6, 10),
+                   align_depth=2, projector_width=16)
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def error(a, b):
+    """The largest difference, relative to the reference's largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def randomised(net):
+    """Every parameter random: the zeros of adaLN-Zero would hide mistakes."""
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(0.2 * noise(*p.shape, seed=i))
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interpolants.
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_interpolant(path):
+    """t = 0 is data, t = 1 is noise; the derivatives are autograd's; v is dz_t/dt of the same zn and eps."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64, requires_grad=True)
+    alpha, sigma, d_alpha, d_sigma = S.interpolant(t, path)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        assert torch.allclose(torch.autograd.grad(value.sum(), t)[0], derivative)
+    ends = torch.stack([alpha[[0, -1]], sigma[[0, -1]]])
+    assert torch.allclose(ends, torch.eye(2).double()) and (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+    zn, eps = noise(11, 2, 3, 3), noise(11, 2, 3, 3, seed=1)
+    z_t, v = torch.func.jvp(lambda t: S.interpolate(zn, eps, t, path)[0], (t.detach(),), (torch.ones_like(t),))
+    assert all(torch.allclose(a, b) for a, b in zip(S.interpolate(zn, eps, t, path), (z_t, v)))
+    for wrong in (lambda: S.interpolant(t, "cubic"), lambda: S.time_from_uniform(t, "cubic")):
+        with pytest.raises(ValueError, match="cubic"):
+            wrong()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_conversions(path):
+    """velocity, data, noise and score are four names of one prediction: each is found again from each other."""
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    zn, eps = noise(7, 2, 3, 3), noise(7, 2, 3, 3, seed=1)
+    z_t, v = S.interpolate(zn, eps, t, path)
+    for a, b in zip(S.data_noise_from_velocity(v, z_t, t, path), (zn, eps)):
+        assert torch.allclose(a, b)
+    score = S.score_from_velocity(v, z_t, t, path)
+    assert torch.allclose(score, -eps / S.interpolant(t, path)[1][:, None, None, None])
+    for back in (S.velocity_from_data(zn, z_t, t, path), S.velocity_from_noise(eps, z_t, t, path),
+                 S.velocity_from_score(score, z_t, t, path)):
+        assert torch.allclose(back, v)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_score_of_a_gaussian(path):
+    """For data N(m, s^2) the score of z_t ~ N(alpha m, alpha^2 s^2 + sigma^2) follows from the expected velocity."""
+    m, s, t = 1.5, 0.4, torch.linspace(0.05, 1, 20, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = S.interpolant(t, path)
+    z, var = noise(20), alpha**2 * s**2 + sigma**2
+    v = d_alpha * m + (d_alpha * alpha * s**2 + d_sigma * sigma) / var * (z - alpha * m)      # E[v | z_t = z]
+    z_grad = z.clone().requires_grad_()
+    log_p = torch.distributions.Normal(alpha * m, var.sqrt()).log_prob(z_grad)
+    score, = torch.autograd.grad(log_p.sum(), z_grad)
+    assert torch.allclose(S.score_from_velocity(v, z, t, path), score)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_time_weighting(path):
+    """lognormal means sigma / alpha = exp(N(0, 1)) on either path; float32 draws of 0 and almost 1 stay inside."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert torch.equal(S.time_from_uniform(u, "uniform", path), u)
+    t = S.time_from_uniform(u, "lognormal", path)
+    alpha, sigma, *_ = S.interpolant(t, path)
+    assert torch.allclose((sigma / alpha).log(), torch.distributions.Normal(0.0, 1.0).icdf(u), atol=1e-5)
+    ends = S.time_from_uniform(torch.tensor([0.0, 2**-24, 1 - 2**-24]), "lognormal", path)
+    assert ends.dtype == torch.float32 and (0 < ends).all() and (ends < 1).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LatentNorm against nn.BatchNorm2d.
+
+
+def latents(seed, count=6):
+    """Far from unit statistics: float32 sums of squares would not do."""
+    return (noise(count, 3, 4, 4, seed=seed) * torch.tensor([0.1, 1, 5])[:, None, None] + 20).float()
+
+
+def test_latent_norm_equals_batch_norm():
+    """bn is BatchNorm2d in both modes: outputs, gradients, running statistics, momentum and counter over steps."""
+    ours, theirs = S.LatentNorm(3), nn.BatchNorm2d(3, eps=1e-4, momentum=0.1, affine=False).double()
+    assert list(ours.state_dict()) == list(theirs.state_dict()) and not list(ours.parameters())
+    for step in range(4):
+        z, weight = latents(step), noise(6, 3, 4, 4, seed=9)
+        a, b = z.clone().requires_grad_(), z.double().requires_grad_()
+        out, expected = ours.normalise_batch(a), theirs.train()(b)
+        assert error(out, expected) < 1e-5
+        (out * weight).sum().backward()
+        (expected * weight).sum().backward()
+        assert error(a.grad, b.grad) < 1e-5
+        ours.commit(torch.tensor(True))
+        for own, other in zip(ours.buffers(), theirs.buffers()):
+            assert torch.allclose(own.double(), other.double(), rtol=1e-6)
+        a, b = z.clone().requires_grad_(), z.double().requires_grad_()
+        (ours(a) * weight).sum().backward()
+        (theirs.eval()(b) * weight).sum().backward()
+        assert error(ours(z), theirs(z.double())) < 1e-5 and error(a.grad, b.grad) < 1e-5
+    assert ours.num_batches_tracked == 4
+
+
+def test_commit_of_a_refused_step():
+    """A step that is skipped leaves statistics and counter as they were, and nothing of it in the next one."""
+    norm, other = S.LatentNorm(3), S.LatentNorm(3)
+    before = [b.clone() for b in norm.buffers()]
+    norm.normalise_batch(latents(0) * math.nan)
+    norm(latents(1))
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before))       # not before the commit, nor by forward
+    norm.commit(torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), before))
+    for net in (norm, other):
+        net.normalise_batch(latents(2))
+        net.commit(torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers()))
+
+
+def test_micro_batches():
+    """Accumulation: unequal micro-batches and one commit give the running statistics of the joint batch."""
+    parts, whole = S.LatentNorm(3), S.LatentNorm(3)
+    for z in (latents(0)[:4], latents(0)[4:]):
+        parts.normalise_batch(z)
+    whole.normalise_batch(latents(0))
+    for a, b in zip(parts.pending_statistics(), (latents(0).mean((0, 2, 3)), latents(0).var((0, 2, 3)))):
+        assert torch.allclose(a, b, rtol=1e-5)
+    for net in (parts, whole):
+        net.commit(torch.tensor(True))
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(parts.buffers(), whole.buffers()))
+
+
+def test_inverse_and_set():
+    """inverse undoes forward with the same eps (at variances near eps that is half the value), from set statistics."""
+    norm, var = S.LatentNorm(3), torch.tensor([1e-4, 1.0, 9.0])
+    norm.num_batches_tracked += 5
+    norm.set(torch.tensor([1.0, -2.0, 0.0]), var)
+    zn = noise(2, 3, 4, 4).float()
+    assert torch.allclose(norm(norm.inverse(zn)), zn, atol=1e-4) and norm.num_batches_tracked == 0
+    assert torch.allclose(norm.inverse(torch.ones(1, 3, 1, 1)).flatten() - norm.running_mean, (var + 1e-4).sqrt())
+    assert norm(zn.bfloat16()).dtype == torch.bfloat16 and norm.inverse(zn.double()).dtype == torch.float64
+
+
+def rank_of_two(rank, file, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    norm, z = S.LatentNorm(3), latents(0)[3 * rank : 3 * rank + 3].requires_grad_()
+    zn = norm.normalise_batch(z)
+    (zn * noise(6, 3, 4, 4, seed=9)[3 * rank : 3 * rank + 3]).sum().backward()
+    norm.commit(torch.tensor(True))
+    torch.save((zn.detach(), z.grad, list(norm.buffers())), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Two gloo ranks normalise by, and commit, the joint statistics; a gradient flows through a rank's own share."""
+    mp.spawn(rank_of_two, (tmp_path / "store", tmp_path), nprocs=2)
+    (zn0, grad0, buffers0), (zn1, grad1, buffers1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    one = S.LatentNorm(3)
+    assert error(torch.cat([zn0, zn1]), one.normalise_batch(latents(0))) < 1e-5
+    one.commit(torch.tensor(True))
+    for a, b, expected in zip(buffers0, buffers1, one.buffers()):
+        assert torch.equal(a, b) and torch.allclose(a, expected, rtol=1e-6)
+    for rank, grad in ((0, grad0), (1, grad1)):                     # the other rank's latents are a constant
+        z = latents(0).double().requires_grad_()
+        own = slice(3 * rank, 3 * rank + 3)
+        zn = F.batch_norm(z, None, None, training=True, eps=1e-4)
+        expected, = torch.autograd.grad((zn * noise(6, 3, 4, 4, seed=9))[own].sum(), z)
+        assert error(grad, expected[own]) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SiT.
+
+
+def test_counts():
+    """SiT-XL/2 has the published number of parameters; pos_embed is a buffer: in checkpoints, in no optimizer."""
+    with torch.device("meta"):
+        net = S.SiT(S.SiTConfig(28, 1152, 16, 2))
+    count = sum(p.numel() for p in net.parameters())
+    assert count == 682_947_600 and count + net.pos_embed.numel() == 683_242_512
+    assert "pos_embed" in net.state_dict() and "pos_embed" not in dict(net.named_parameters())
+    names = """x_embedder.proj.weight t_embedder.mlp.2.bias y_embedder.embedding_table.weight blocks.27.attn.qkv.bias
+        blocks.0.attn.proj.weight blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.bias blocks.0.adaLN_modulation.1.weight
+        final_layer.linear.weight final_layer.adaLN_modulation.1.bias projectors.0.4.bias bn.running_var"""
+    assert set(names.split()) <= set(net.state_dict())
+    assert net.cfg.tokens == 256
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_block_equals_timm(qk_norm):
+    """Published weights mean the same here as in timm's Attention and Mlp: values and gradients of a block."""
+    from timm.layers import Mlp
+    from timm.models.vision_transformer import Attention
+    width, heads = 24, 3
+    ours = randomised(S.Block(width, heads, qk_norm)).double()
+    attn = Attention(width, heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm).double()
+    mlp = Mlp(width, 4 * width, act_layer=partial(nn.GELU, approximate="tanh")).double()
+    attn.load_state_dict(ours.attn.state_dict())
+    mlp.load_state_dict(ours.mlp.state_dict())
+    norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6).double()
+    x, c, weight = noise(2, 5, width).requires_grad_(), noise(2, width, seed=1), noise(2, 5, width, seed=2)
+
+    m = F.linear(F.silu(c), ours.adaLN_modulation[1].weight, ours.adaLN_modulation[1].bias)[:, None]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (m[..., k * width : (k + 1) * width] for k in range(6))
+    h = x + gate_a * attn(norm(x) * (1 + scale_a) + shift_a)
+    expected = h + gate_m * mlp(norm(h) * (1 + scale_m) + shift_m)
+    assert error(ours(x, c), expected) < 1e-12
+    a, b = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours(x, c), expected))
+    assert error(a, b) < 1e-12
+
+
+def test_fixed_embeddings():
+    """Positions (column, then row; sines, then cosines) and timesteps (cosines, then sines) as in published weights."""
+    dim, side = 16, 3
+    table = S.sincos_2d(dim, side)[0]
+    for row in range(side):
+        for column in range(side):
+            angles = [[p / 10000 ** (k / (dim / 4)) for k in range(dim // 4)] for p in (column, row)]
+            expected = [f(a) for line in angles for f in (math.sin, math.cos) for a in line]
+            assert torch.allclose(table[row * side + column], torch.tensor(expected))
+    net = S.TimestepEmbedder(8)
+    net.mlp = nn.Identity()
+    expected = [[f(t * 10000 ** (-k / 128)) for f in (math.cos, math.sin) for k in range(128)] for t in (0.0, 0.3, 1.0)]
+    assert torch.allclose(net(torch.tensor([0.0, 0.3, 1.0])), torch.tensor(expected), atol=1e-6)
+
+
+def test_start():
+    """adaLN-Zero: a new SiT predicts 0, its blocks are the identity, and the rest follows DiT's initialisation."""
+    torch.manual_seed(0)
+    net = S.SiT(S.SiTConfig(2, 96, 3, 2, size=8, teacher_dims=(6,), align_depth=1))
+    z, t, y = noise(2, 4, 8, 8).float(), torch.tensor([0.1, 0.9]), torch.tensor([1, 2])
+    v, _ = net(z, t, y)
+    x, c = net.embed(z, t, y)
+    assert v.shape == z.shape and not v.any() and torch.equal(net.blocks[1](x, c), x)
+    for weight, fan in ((net.x_embedder.proj.weight, 16 + 96), (net.blocks[0].attn.qkv.weight, 4 * 96)):
+        assert 0.97 * math.sqrt(6 / fan) < weight.abs().max() <= math.sqrt(6 / fan)
+    for weight in (net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight):
+        assert 0.019 < weight.std() < 0.021
+    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+def test_one_network_three_uses():
+    """align_only gives forward's tokens without dropout, velocity forward's v; dropped labels are the null class."""
+    net = randomised(S.SiT(TINY))
+    z, t, y = noise(4, 4, 8, 8).float(), torch.rand(4), torch.arange(4)
+    drop = torch.tensor([True, False, True, False])
+    v, tokens = net(z, t, y)
+    assert [f.shape for f in tokens] == [(4, 16, 6), (4, 16, 10)]
+    assert all(torch.equal(a, b) for a, b in zip(net.align_only(z, t, y), tokens, strict=True))
+    assert torch.equal(net.velocity(z, t, y), v)
+    dropped, dropped_tokens = net(z, t, y, drop)
+    expected, expected_tokens = net(z, t, torch.tensor([5, 1, 5, 3]))
+    assert torch.equal(dropped, expected) and all(torch.equal(a, b) for a, b in zip(dropped_tokens, expected_tokens))
+    moved = (dropped != v).flatten(1).any(1)
+    assert torch.equal(moved, drop)
+    h, c = net.embed(z, t, y)
+    for block in net.blocks[:2]:                                    # align_depth counts blocks from 1
+        h = block(h, c)
+    assert torch.equal(net.projectors[1](h), tokens[1])
+
+
+def test_patches():
+    """Tokens run row by row; unpatchify puts (row in the patch, column, channel) back where x_embedder took it from."""
+    net, p, n = S.SiT(TINY), 2, 4
+    z = noise(2, 4, 8, 8).float()
+    tokens = torch.stack([z[:, :, p * i : p * i + p, p * j : p * j + p].permute(0, 2, 3, 1).flatten(1)
+                          for i in range(n) for j in range(n)], 1)
+    assert torch.equal(net.unpatchify(tokens), z)
+    weight = net.x_embedder.proj.weight.permute(0, 2, 3, 1).flatten(1)
+    assert torch.allclose(net.x_embedder(z), F.linear(tokens, weight, net.x_embedder.proj.bias), atol=1e-5)
+
+
+def test_parse_size():
+    """--sit accepts the table's names and any depth-width-heads/patch; anything else is one line that says what is."""
+    assert S.parse_size("SiT-XL/2") == S.parse_size("XL/2") == (28, 1152, 16, 2)
+    assert S.parse_size("6-192-3/8") == (6, 192, 3, 8)
+    assert [S.parse_size(f"SiT-{name}/1")[:3] for name in "SBL"] == [(12, 384, 6), (12, 768, 12), (24, 1024, 16)]
+    for name in ("SiT-XXL/2", "SiT-B/3", "SiT-B", "", "6-192/2", "6-192-3/", "6-192-3-x/2", "6--192-3/2", "SiT-B/²"):
+        with pytest.raises(ValueError, match="expected SiT-S, -B, -L or -XL") as caught:
+            S.parse_size(name)
+        assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+    for name in ("6-100-3/2", "6-18-3/2", "0-192-3/2"):
+        with pytest.raises(ValueError, match="multiple"):
+            S.parse_size(name)

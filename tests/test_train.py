@@ -1,0 +1,480 @@
+"""The loop: gradient routing, resume, ranks, accumulation, the gate, real folders, compile, and what users get wrong.
+
+    python -m pytest tests/test_train.py
+"""
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import repa
+import train
+import vae as V
+from sample import parse
+from train import PRESETS, Config, check, frozen
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+# the whole joint step, small: random VAE, SiT of 2 blocks, a teacher trained for a few steps, GAN on
+SMALL = ["--preset=tiny", "--sit=2-32-2/2", "--align_depth=1", "--batch=8", "--first_stage=0", "--steps=6", "--log_every=3",
+         "--preview_every=1000", "--save_every=3", "--preview_steps=2", "--disc_ch=8", "--projector_width=32"]
+
+
+def config(out, *extra):
+    return parse(Config, [*SMALL, f"--out={out}", *extra], PRESETS)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_teacher(tmp_path_factory):
+    """A tiny teacher of three training steps, in a torch.hub cache of the tests' own, found there by every run."""
+    os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
+    train_it = repa.train_tiny_teacher
+    repa.train_tiny_teacher = lambda draw: train_it(draw, steps=3)
+    repa.load_tiny_teacher(V.Shapes().draw, 32)
+    repa.train_tiny_teacher = train_it
+
+
+def execute(*words, env=(), launcher=(), ok=True):
+    """The real command in a new process -> CompletedProcess."""
+    command = [sys.executable, *launcher, "train.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(n):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={port}"]
+
+
+def run(cfg):
+    """The loop in this process -> content of the last pair of checkpoints."""
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.run(cfg, 0, 1, CPU)
+    return last_pair(cfg.out)
+
+
+def last_pair(out):
+    step = train.checkpoints(out)[-1]
+    return [torch.load(Path(out) / f"step_{step:07d}{kind}.pt", weights_only=True) for kind in ("", ".resume")]
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts and lists of tensors and numbers -> {path: leaf}."""
+    if isinstance(tree, (dict, list, tuple)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in items for k, v in flatten(value, f"{prefix}/{key}").items()}
+    return {prefix: tree}
+
+
+def assert_equal(a, b, skip=("config",)):
+    """The same keys and bits."""
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        if not key.startswith(tuple(f"/{s}" for s in skip)):
+            same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
+            assert same, key
+
+
+def assert_close(a, b, keys, tolerance):
+    """Largest difference, relative to each tensor's largest value."""
+    for key in keys:
+        for name, x in flatten(a[key]).items():
+            if torch.is_tensor(x) and x.is_floating_point():
+                y = flatten(b[key])[name]
+                assert (x - y).abs().max() <= tolerance * max(1e-3, x.abs().max().item()), f"{key}{name}"
+
+
+# --------------------------------------------------------------------------------------------------- gradient routing
+
+
+def one_step(monkeypatch, tmp_path, *extra, steps=1):
+    """Runs steps of the loop and records, at each backward(), which networks got a gradient from it."""
+    seen, cfg = [], config(tmp_path / "run", f"--steps={steps}", *extra)
+    networks, real_build, backward = {}, train.build, torch.Tensor.backward
+
+    def build(*args):
+        built = real_build(*args)
+        networks.update({name: net for name, net in zip(("vae", "sit", "disc"), built) if net is not None})
+        for net in networks.values():       # adaLN-Zero would make most gradients zero, not absent
+            for p in net.parameters():
+                p.data += 0.02 * torch.randn_like(p)
+        return built
+
+    def spy(loss, *args, **kwargs):
+        before = {n: {k: None if p.grad is None else p.grad.clone() for k, p in net.named_parameters()}
+                  for n, net in networks.items()}
+        bn = networks["sit"].bn.running_mean.clone() if "sit" in networks else None
+        backward(loss, *args, **kwargs)
+        got = {n for n, net in networks.items() for k, p in net.named_parameters()
+               if p.grad is not None and (before[n][k] is None or not torch.equal(before[n][k], p.grad))}
+        parts = {k for k, p in networks["sit"].named_parameters() if p.grad is not None} if "sit" in networks else set()
+        seen.append((got, parts, bn))
+
+    monkeypatch.setattr(train, "build", build)
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    run(cfg)
+    return seen, networks
+
+
+def test_routing_of_the_three_losses(monkeypatch, tmp_path):
+    """VAE loss -> VAE alone (through SiT and D); D's loss -> D alone; SiT's loss -> SiT alone."""
+    seen, _ = one_step(monkeypatch, tmp_path)
+    assert [got for got, _, _ in seen] == [{"vae"}, {"disc"}, {"sit"}]
+
+
+def test_alignment_reaches_the_encoder(monkeypatch, tmp_path):
+    """With every other term off, the encoder still gets a gradient, from the alignment alone; the decoder gets zeros."""
+    monkeypatch.setattr(train, "reconstruction_loss", lambda x, rec, kind: 0.0 * rec.sum())
+    grads = {}
+    real = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, norm):
+        parameters = list(parameters)
+        grads.setdefault(len(grads), [p.grad.abs().sum().item() for p in parameters])
+        return real(parameters, norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    _, nets = one_step(monkeypatch, tmp_path, "--gan=0", "--kl=0")
+    named = dict(zip((k for k, _ in nets["vae"].named_parameters()), grads[0]))
+    assert named["encoder.conv_in.weight"] > 0 and named["decoder.conv_out.weight"] == 0
+
+
+def test_naive_ablation_sends_the_diffusion_loss_into_the_vae(monkeypatch, tmp_path):
+    """--preset=naive: one backward of the sum, which reaches VAE and SiT."""
+    seen, _ = one_step(monkeypatch, tmp_path, *"--stop_grad=0 --repa_vae=0 --repa_sit=0 --teacher=none --gan=0".split())
+    assert [got for got, _, _ in seen] == [{"vae", "sit"}]
+
+
+@pytest.mark.parametrize("extra, expected", [
+    (("--train_vae=0", "--latent_norm=fixed"), [{"sit"}]),                                          # REPA
+    (("--train_vae=0", "--latent_norm=fixed", "--repa_sit=0", "--repa_vae=0", "--teacher=none"), [{"sit"}]),   # plain SiT
+    (("--sit=none", "--teacher=none"), [{"vae"}, {"disc"}]),                                        # first stage
+])
+def test_other_runs_are_the_same_loop(monkeypatch, tmp_path, extra, expected):
+    """REPA, plain SiT and the VAE's first stage train just what they say."""
+    seen, nets = one_step(monkeypatch, tmp_path, *extra)
+    assert [got for got, _, _ in seen] == expected
+
+
+def test_frozen_vae_and_fixed_statistics_stay(tmp_path):
+    """A REPA run changes no bit of the VAE nor of the latents' statistics."""
+    first, _ = run(config(tmp_path / "a", "--train_vae=0", "--latent_norm=fixed", "--steps=1"))
+    last, resume = run(config(tmp_path / "a", "--train_vae=0", "--latent_norm=fixed", "--steps=4"))
+    assert_equal(first["vae"], last["vae"])
+    assert torch.equal(first["ema"]["bn.running_mean"], resume["model"]["bn.running_mean"])
+
+
+def test_both_passes_share_t_and_noise_and_only_one_drops_labels(monkeypatch, tmp_path):
+    """The alignment pass and the SiT pass see one (t, eps); labels are dropped in the second only; bn moves after both."""
+    calls, interpolate = [], train.interpolate
+    monkeypatch.setattr(train, "interpolate", lambda zn, eps, t, path: calls.append((eps, t)) or interpolate(zn, eps, t, path))
+    align, forward, drops = train.SiT.align_only, train.SiT.forward, []
+    monkeypatch.setattr(train.SiT, "align_only", lambda self, z, t, y: drops.append(self.bn.running_mean.clone()) or
+                        align(self, z, t, y))
+    monkeypatch.setattr(train.SiT, "forward", lambda self, z, t, y, drop: drops.append((self.bn.running_mean.clone(), drop)) or
+                        forward(self, z, t, y, drop))
+    run(config(tmp_path / "a", "--steps=1", "--label_drop=0.5"))
+    assert len(calls) == 2 and torch.equal(calls[0][0], calls[1][0]) and torch.equal(calls[0][1], calls[1][1])
+    assert torch.equal(drops[0], drops[1][0]) and drops[1][1].any() and not drops[1][1].all()
+
+
+def test_frozen_restores_what_it_found():
+    """frozen() switches only what was trainable, and back even after an error."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    with pytest.raises(KeyError), frozen(net):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise KeyError
+    assert [p.requires_grad for p in net.parameters()] == [False, False, True, True]
+
+
+# ------------------------------------------------------------------------------------- resume, ranks, accumulation, gate
+
+
+def test_resume_is_bit_exact(tmp_path):
+    """Six steps equal three, a new process, three: every tensor of both files, VAE's EMA and the discriminator too."""
+    extra = ("--vae_ema=0.9", "--hflip=1")
+    whole = run(config(tmp_path / "whole", *extra))
+    for steps in (3, 6):
+        execute(*SMALL, *extra, f"--out={tmp_path / 'parts'}", f"--steps={steps}", env=[("OMP_NUM_THREADS", str(torch.get_num_threads()))])
+    for a, b in zip(whole, last_pair(tmp_path / "parts")):
+        assert_equal(a, b)
+
+
+def test_two_ranks_equal_one(tmp_path):
+    """Two gloo ranks of half the batch follow one rank of the whole batch (GAN off: its BatchNorm is per rank)."""
+    extra = ("--gan=0", "--steps=4", "--save_every=4")
+    one = run(config(tmp_path / "one", *extra))
+    execute(*SMALL, *extra, f"--out={tmp_path / 'two'}", launcher=torchrun(2))
+    two = last_pair(tmp_path / "two")
+    assert_close(one[0], two[0], ("vae", "ema"), 2e-3)      # Adam's first steps are signs: rounding grows to lr-sized steps
+    a, b = ([json.loads(line) for line in open(tmp_path / n / "metrics.jsonl")][1] for n in ("one", "two"))
+    for key in ("vae", "sit", "v", "norm_vae", "norm_sit"):
+        assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("extra", [(), ("--stop_grad=0", "--repa_vae=0")])
+def test_two_ranks_stay_replicas(tmp_path, extra):
+    """With GAN and accumulation, and in the naive ablation, both ranks' weights are the same at each save (else: error)."""
+    execute(*SMALL, "--micro_batch=2", "--steps=4", "--save_every=2", *extra, f"--out={tmp_path / 'r'}", launcher=torchrun(2))
+    assert train.checkpoints(tmp_path / "r") == [2, 4]
+
+
+def test_accumulation_equals_the_large_batch(tmp_path, monkeypatch):
+    """Four micro-batches of 2 give the gradients of one of 8, for VAE, discriminator and SiT, with fixed BatchNorms."""
+    monkeypatch.setattr(train, "Discriminator", lambda ch: V.Discriminator(ch).eval())
+    gradients = []
+
+    def clip(parameters, norm):
+        gradients[-1].append([p.grad.clone() for p in parameters])
+        return torch.tensor(1.0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    for micro in (8, 2):
+        gradients.append([])
+        run(config(tmp_path / str(micro), f"--micro_batch={micro}", "--latent_norm=fixed", "--steps=1"))
+    assert len(gradients[0]) == 3
+    for whole, parts in zip(*gradients):
+        for a, b in zip(whole, parts):
+            assert (a - b).abs().max() <= 2e-5 * a.abs().max() + 1e-8
+
+
+def test_accumulation_commits_the_statistics_of_the_whole_batch(tmp_path, monkeypatch):
+    """Running statistics after a step do not depend on the number of micro-batches, nor does the sum of images."""
+    monkeypatch.setattr(train, "measure_statistics", lambda *args: None)
+    runs = [run(config(tmp_path / str(m), f"--micro_batch={m}", "--steps=1"))[1]["model"] for m in (8, 4)]
+    for key in ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked"):
+        assert torch.allclose(runs[0][key].float(), runs[1][key].float(), rtol=1e-5, atol=1e-7), key
+
+
+def test_non_finite_step_is_skipped_whole(tmp_path, monkeypatch):
+    """A NaN in one step leaves weights, statistics, EMA and optimizers as they were; the run goes on and counts it."""
+    before = run(config(tmp_path / "run", "--steps=2", "--save_every=1"))
+    real, count = train.reconstruction_loss, []
+    monkeypatch.setattr(train, "reconstruction_loss",
+                        lambda x, rec, kind: real(x, rec, kind) * (float("nan") if not count.append(0) and len(count) == 1 else 1))
+    after = run(config(tmp_path / "run", "--steps=3", "--save_every=1"))
+    assert_equal(before[0], after[0], skip=("config", "steps"))
+    assert_equal(before[1], after[1], skip=("steps", "skipped"))
+    assert after[1]["skipped"].tolist() == [1, 1]
+    last = run(config(tmp_path / "run", "--steps=4", "--save_every=1"))
+    assert last[1]["skipped"].tolist() == [1, 0] and not torch.equal(last[0]["ema"]["x_embedder.proj.weight"],
+                                                                     after[0]["ema"]["x_embedder.proj.weight"])
+
+
+def test_ten_non_finite_steps_stop_the_run(tmp_path, monkeypatch):
+    """A run that only produces NaN stops, says what was not finite, and keeps its checkpoint."""
+    monkeypatch.setattr(train, "reconstruction_loss", lambda x, rec, kind: rec.sum() * float("nan"))
+    with pytest.raises(ValueError, match="ten steps in a row.*l1"):
+        run(config(tmp_path / "run", "--steps=30"))
+
+
+def test_data_order_is_a_function_of_the_position():
+    """Ranks and micro-batches cut one global order; every epoch is a permutation; a late start continues it."""
+    cfg = replace(Config(), batch=8, micro_batch=2)
+
+    def take(rank, world, first, n):
+        it = iter(train.Order(20, cfg, rank, world, first))
+        return [i for _ in range(n) for i in next(it)]
+    whole = take(0, 1, 0, 20)                                                       # 5 steps: two epochs of 20
+    assert sorted(whole[:20]) == sorted(whole[20:]) == list(range(20)) and whole[:20] != whole[20:]
+    halves = [take(rank, 2, 0, 2) for rank in (0, 1)]
+    assert halves[0] + halves[1] == whole[:8]
+    assert take(0, 1, 3, 8) == whole[24:40]
+
+
+# ------------------------------------------------------------------------------------------------- real data, DINOv2, ends
+
+
+def make_tree(root):
+    """Three classes of odd-sized files in the formats that people have."""
+    rng = np.random.default_rng(0)
+    modes = [("RGB", "png"), ("RGB", "jpg"), ("L", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("L", "jpg")]
+    for c, name in enumerate(("ant", "bee", "cat")):
+        (root / name).mkdir(parents=True)
+        for i, (mode, suffix) in enumerate(modes):
+            pixels = rng.integers(0, 256, (37 + 11 * i, 83 - 7 * c, len(mode)), np.uint8).squeeze()
+            Image.fromarray(pixels, mode).save(root / name / f"{i}.{suffix}")
+    return root
+
+
+DINO_STAND_IN = '''
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, 768, 14, 14)
+        self.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + 37 * 37, 768))
+    def forward_features(self, x):
+        return {"x_norm_patchtokens": self.patch(x).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]}
+def dinov2_vitb14(pretrained=True, **kwargs):
+    torch.manual_seed(0)
+    return Net()
+'''
+
+
+def test_real_folder_dinov2_lpips_off(tmp_path):
+    """A joint run on PNG, JPEG, grey, CMYK and RGBA files with workers, DINOv2 from a local hub repo, then sampling by name."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "hubconf.py").write_text(DINO_STAND_IN)
+    words = ["--preset=tiny", f"--data={make_tree(tmp_path / 'images')}", "--resolution=64", "--vae=tiny", "--sit=2-32-2/4",
+             "--teacher=dinov2_vitb14", f"--teacher_repo={tmp_path / 'hub'}", "--first_stage=0", "--steps=2", "--batch=4",
+             "--workers=2", "--projector_width=32", "--preview_steps=2", f"--out={tmp_path / 'run'}", "--align_depth=1"]
+    execute(*words)
+    assert {"samples_0000002.png", "reconstructions_0000002.png", "metrics.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "run"), "--classes=bee,cat", "--count=3", "--steps=3",
+                           f"--out={tmp_path / 'g.png'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and Image.open(tmp_path / "g.png").size[0] >= 128, done.stderr
+
+
+def test_vae_and_init_from_a_checkpoint(tmp_path):
+    """--vae=RUN takes the VAE with its latents' statistics and discriminator; --init=RUN also SiT, for other classes."""
+    first, _ = run(config(tmp_path / "a", "--steps=2"))
+    vae, stats, disc = V.load_vae(str(tmp_path / "a"))
+    assert torch.equal(stats[0], first["ema"]["bn.running_mean"]) and disc.keys() == first["discriminator"].keys()
+    assert_equal(vae.state_dict(), first["vae"])
+    second, _ = run(config(tmp_path / "b", f"--vae={tmp_path / 'a'}", "--train_vae=0", "--latent_norm=fixed", "--steps=1"))
+    assert_equal(second["vae"], first["vae"])
+    assert torch.equal(second["ema"]["bn.running_var"], first["ema"]["bn.running_var"])
+    make_tree(tmp_path / "images")
+    third, _ = run(config(tmp_path / "c", f"--init={tmp_path / 'a'}", f"--data={tmp_path / 'images'}", "--teacher=none",
+                          "--repa_sit=0", "--repa_vae=0", "--workers=0", "--lr_sit=1e-12", "--batch=2", "--steps=1"))
+    assert third["ema"]["y_embedder.embedding_table.weight"].shape[0] == 4
+    assert torch.allclose(third["ema"]["blocks.0.attn.qkv.weight"], first["ema"]["blocks.0.attn.qkv.weight"])
+
+
+def test_discriminator_warm_up_leaves_the_vae(tmp_path, monkeypatch):
+    """A VAE without discriminator gets one that was trained on its reconstructions, the VAE untouched."""
+    first, _ = run(config(tmp_path / "a", "--sit=none", "--teacher=none", "--gan=0", "--steps=1"))
+    monkeypatch.setattr(train, "make_optimizer", lambda net, lr: torch.optim.AdamW(net.parameters(), lr, fused=True))
+    seen, real = [], train.warm_up_discriminator
+
+    def warm_up(disc, *args):
+        before = {k: v.clone() for k, v in disc.state_dict().items()}
+        real(disc, *args)
+        seen.append(any(not torch.equal(before[k], v) for k, v in disc.state_dict().items()))
+        assert_equal(args[2].state_dict(), first["vae"])
+    monkeypatch.setattr(train, "warm_up_discriminator", warm_up)
+    run(config(tmp_path / "b", f"--vae={tmp_path / 'a'}", "--disc_warmup=3", "--steps=1"))
+    assert seen == [True]
+
+
+def test_first_stage_joins_the_joint_run(tmp_path):
+    """--first_stage trains the VAE alone, then the joint run starts from it, its statistics measured; a rerun adds nothing."""
+    words = [*SMALL, f"--out={tmp_path / 'r'}", "--first_stage=2", "--steps=2", "--save_every=2"]
+    execute(*words)
+    stage, joint = last_pair(tmp_path / "r" / "first-stage")[0], last_pair(tmp_path / "r")[0]
+    assert "ema" not in stage and joint["config"]["vae"].endswith("first-stage")
+    assert not torch.equal(joint["ema"]["bn.running_var"], torch.ones(4))
+    again = execute(*words)
+    assert "resuming" in again.stdout and last_pair(tmp_path / "r")[0]["steps"] == 2
+
+
+def test_compiled_step_equals_eager_and_never_recompiles(tmp_path):
+    """The joint step under torch.compile follows the eager one, and steps 2 to 5 compile nothing."""
+    code = ("import sys, torch, train; from torch._dynamo.utils import counters; cfg = train.parse(train.Config, sys.argv[1:], "
+            "train.PRESETS); import pathlib; pathlib.Path(cfg.out).mkdir(); n = []; real = train.draws\n"
+            "def draws(*a):\n    n.append(counters['stats']['unique_graphs']); return real(*a)\n"
+            "train.draws = draws; train.run(cfg, 0, 1, torch.device('cpu')); print('graphs', *n)")
+    words = [*SMALL, "--save_every=6"]
+    eager = run(config(tmp_path / "eager", "--save_every=6"))
+    done = subprocess.run([sys.executable, "-c", code, *words, f"--out={tmp_path / 'fast'}", "--compile=1"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    graphs = [int(n) for n in re.search(r"graphs (.*)", done.stdout)[1].split()][-6:]       # before each of the six steps
+    assert graphs[0] == 0 < graphs[1] and len(set(graphs[2:])) == 1, graphs
+    fast = last_pair(tmp_path / "fast")
+    assert flatten(fast[0]["vae"]).keys() == flatten(eager[0]["vae"]).keys()        # no _orig_mod. in names
+    a, b = (json.loads(open(tmp_path / n / "metrics.jsonl").readlines()[1]) for n in ("eager", "fast"))
+    for key in ("vae", "disc", "sit", "norm_vae", "norm_disc", "norm_sit"):
+        assert a[key] == pytest.approx(b[key], rel=2e-3), key
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_paper_settings_are_the_defaults():
+    """No argument is the paper's run; every preset passes the checks; REPA's preset composes with tiny."""
+    cfg = Config()
+    assert (cfg.batch, cfg.steps, cfg.lr_sit, cfg.lr_vae, cfg.ema, cfg.repa_sit, cfg.repa_vae, cfg.kl, cfg.gan) == (
+        256, 400_000, 1e-4, 1e-4, 0.9999, 0.5, 1.5, 1e-6, 0.1)
+    assert train.architecture(cfg) == (28, 1152, 16, 2, 8)
+    for name in PRESETS:
+        assert check(parse(Config, [f"--preset={name}"], PRESETS), 8) == [], name
+    both = parse(Config, ["--steps=7", "--preset=tiny,repa"], PRESETS)
+    assert (both.vae, both.train_vae, both.steps, both.out) == ("tiny", False, 7, "runs/repa")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--lr_sti=1"], "did you mean lr_sit"),
+    (["--steps=many"], "expected a whole number"),
+    (["--lr_sit"], "needs a value"),
+    (["--preset=tiney"], "did you mean tiny"),
+    (["--batch=0"], "must be positive"),
+    (["--sit=SiT-XXL/2"], "unknown SiT"),
+    (["--preset=tiny", "--sit=6-192-3/1"], "use patch 2"),
+    (["--teacher=dinov3"], "unknown teacher"),
+    (["--train_vae=0"], "--latent_norm=fixed"),
+    (["--teacher=none"], "--repa_sit=0"),
+    (["--preset=tiny", "--resolution=30"], "no multiple of"),
+    (["--preset=tiny", "--align_depth=9"], "deeper than"),
+    (["--preset=tiny", "--micro_batch=5"], "try 4"),
+    (["--data=/nowhere", "--vae=f8d4"], "no data folder"),
+    (["--preset=tiny", "--first_stage=0", "--vae=/nowhere.pt"], "no file at"),
+    (["--preset=tiny", "--out=/proc/x"], "cannot write"),
+    (["--preset=tiny", "--first_stage=0", "--teacher=dinov2_vitb14", "--resolution=64", "--sit=3-32-2/4", "--data=FOLDER",
+      "--teacher_repo=/nowhere"], "--teacher_repo=DIR"),
+    (["--preset=tiny,sit", "--first_stage=0", "--train_vae=1", "--lpips=1"], "vgg16-397923af.pth"),
+])
+def test_mistakes_end_in_one_line_and_code_2(tmp_path, words, message):
+    """The user's mistakes: one line that says what to do, exit code 2, no traceback, before anything is trained."""
+    words = [w.replace("FOLDER", str(make_tree(tmp_path / "images"))) if "FOLDER" in w else w for w in words]
+    out = [] if any(w.startswith("--out") for w in words) else [f"--out={tmp_path / 'run'}"]
+    done = execute(*words, *out, ok=False, env=[("TORCH_HOME", str(tmp_path))] if "--lpips=1" in words else [])
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and message in lines[-1] and lines[-1].startswith("error:"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_batch_must_divide_over_the_processes():
+    """The message names the batches that would do."""
+    assert "try 248 or 256" in check(replace(Config(), batch=250), 8)[0]
+
+
+def test_damaged_checkpoint_and_changed_settings_are_refused(tmp_path):
+    """A truncated checkpoint, or a run continued under another architecture, ends in one line; nothing is overwritten."""
+    run(config(tmp_path / "r", "--steps=3"))
+    with pytest.raises(ValueError, match="sit was '2-32-2/2', is '3-32-2/2'"):
+        run(config(tmp_path / "r", "--sit=3-32-2/2"))
+    path = tmp_path / "r" / "step_0000003.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged or no PyTorch file|no file of weights"):
+        run(config(tmp_path / "r"))
+
+
+def test_replicas_are_compared(tmp_path):
+    """Two processes whose weights differ are stopped at the next save, the parameter named."""
+    code = ("import sys, torch, torch.distributed as dist, train; dist.init_process_group('gloo'); n = torch.nn.Linear(2, 2)\n"
+            "torch.nn.init.constant_(n.weight, 1.0); torch.nn.init.constant_(n.bias, float(dist.get_rank()))\n"
+            "try: train.check_replicas(2, sit=n)\nexcept RuntimeError as e: sys.stdout.write('[named]' * ('sit.bias' in str(e)))\n"
+            "dist.destroy_process_group()")
+    script = tmp_path / "differ.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, *torchrun(2), str(script)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.stdout.count("[named]") == 2, done.stdout + done.stderr

@@ -1,0 +1,481 @@
+"""Pixels and latents: the VAE against diffusers, the losses against their definitions, and the files users bring.
+
+    python -m pytest tests/test_vae.py
+"""
+import math
+import os
+import pickle
+import socket
+from argparse import Namespace
+from dataclasses import asdict, replace
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from diffusers import AutoencoderKL
+from PIL import Image
+
+import vae as V
+
+SMALL = V.VAEConfig(z_channels=3, ch=32, ch_mult=(1, 2), num_res_blocks=1)      # 32 groups, as every published VAE
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(a, b):
+    """The largest difference, relative to the reference's largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def one_line(error, *words):
+    """A message for users: one line that holds these words."""
+    assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
+
+
+def image(height, width, seed=0, mode="RGB"):
+    """A picture of smooth random colours, so that JPEG and resizing keep it."""
+    pixels = F.interpolate(noise(1, 3, 4, 4, seed=seed), (height, width), mode="bicubic")[0] * 60 + 128
+    return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()).convert(mode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder against diffusers.
+
+
+BLOCKS = ((".down.", ".down_blocks."), (".up.", ".up_blocks."), (".block.", ".resnets."), (".attn.", ".attentions."),
+          (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+          (".mid.attn_1.", ".mid_block.attentions.0."), ("nin_shortcut", "conv_shortcut"),
+          ("downsample.", "downsamplers.0."), ("upsample.", "upsamplers.0."), ("norm_out.", "conv_norm_out."))
+ATTENTION = ((".norm.", ".group_norm."), (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."),
+             (".proj_out.", ".to_out.0."))
+
+
+def diffusers_name(key, levels):
+    """latent-diffusion's name -> diffusers'."""
+    part, *rest = key.split(".")
+    if rest[0] == "up":
+        rest[1] = str(levels - 1 - int(rest[1]))
+    key = ".".join([part, *rest])
+    for ours, theirs in BLOCKS + (ATTENTION if "attn" in key else ()):
+        key = key.replace(ours, theirs)
+    return key
+
+
+def reference(cfg):
+    """diffusers' AutoencoderKL of this configuration; all weights random, also those that start as 0 or 1."""
+    last = "AttnDownEncoderBlock2D" if cfg.attn_last else "DownEncoderBlock2D"
+    down = ["DownEncoderBlock2D"] * (len(cfg.ch_mult) - 1) + [last]
+    net = AutoencoderKL(block_out_channels=[cfg.ch * m for m in cfg.ch_mult], layers_per_block=cfg.num_res_blocks,
+                        latent_channels=cfg.z_channels, norm_num_groups=32, down_block_types=down,
+                        up_block_types=[name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
+                        use_quant_conv=cfg.quant_conv, use_post_quant_conv=cfg.quant_conv)
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p += 0.1 * p.std() * noise(*p.shape, seed=i) if p.dim() > 1 else 0.1 * noise(*p.shape, seed=i)
+    return net
+
+
+@pytest.mark.parametrize("name, count", [("f8d4", 83_653_863), ("f16d32", 69_836_067), ("f8d16", 83_819_683)])
+def test_vae_equals_diffusers(name, count):
+    """Published VAEs give their own latents, pictures and gradients; an oblong picture shows swapped axes."""
+    torch.manual_seed(0)
+    cfg = V.VAES[name]
+    ours, theirs = V.VAE(cfg), reference(cfg)
+    names = {key: diffusers_name(key, len(cfg.ch_mult)) for key in ours.state_dict()}
+    weights = theirs.state_dict()
+    assert set(names.values()) == set(weights) and sum(p.numel() for p in ours.parameters()) == count
+    V.load_strict(ours, {key: weights[names[key]].reshape(v.shape) for key, v in ours.state_dict().items()}, name)
+
+    side = 4 * cfg.downsampling
+    x, eps = noise(1, 3, side, side // 2).clamp(-1, 1), noise(1, cfg.z_channels, 4, 2)
+    weight = noise(*x.shape, seed=1)
+
+    def compare(dtype):
+        x_ours, x_theirs = (x.to(dtype, copy=True).requires_grad_() for _ in range(2))
+        z, rec, mean, logvar = ours(x_ours, eps.to(dtype)) if dtype == torch.float32 else exact(x_ours)
+        posterior = theirs.encode(x_theirs).latent_dist
+        z_theirs = posterior.mean + posterior.std * eps.to(dtype)
+        rec_theirs = theirs.decode(z_theirs).sample
+        ((rec * weight).sum() + V.kl_divergence(mean, logvar)).backward()
+        ((rec_theirs * weight).sum() + posterior.kl().mean()).backward()
+        for a, b in ((mean, posterior.mean), (logvar, posterior.logvar), (z, z_theirs), (rec, rec_theirs),
+                     (x_ours.grad, x_theirs.grad)):
+            assert error(a, b) < 1e-5
+
+    def exact(x):
+        """forward without its conversions to float32."""
+        mean, logvar = (ours.quant_conv(ours.encoder(x)) if cfg.quant_conv else ours.encoder(x)).chunk(2, 1)
+        z = ours.sample(mean, logvar, eps.double())
+        return z, ours.decode(z), mean, logvar
+
+    compare(torch.float32)
+    for net in (ours, theirs):
+        net.zero_grad()
+        net.double()
+    compare(torch.float64)      # in float32 the sums over positions in a bias's gradient cancel to 1.5e-5 of noise
+    grads = {key: p.grad for key, p in theirs.named_parameters()}
+    for key, p in ours.named_parameters():
+        if not key.endswith(".k.bias"):                 # softmax ignores it: its gradient is rounding error
+            assert error(p.grad, grads[names[key]].reshape(p.shape)) < 1e-9, key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Posterior, losses, discriminator.
+
+
+def test_posterior():
+    """z, KL, the clamp of logvar and the fixed sigma are those of torch.distributions' Normal."""
+    mean, logvar, eps = noise(3, 4, 2, 2), noise(3, 4, 2, 2, seed=1), noise(3, 4, 2, 2, seed=2)
+    normal = torch.distributions.Normal(mean, (logvar / 2).exp())
+    assert torch.allclose(V.VAE.sample(mean, logvar, eps), normal.icdf(torch.special.ndtr(eps)), atol=1e-4)
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
+    assert torch.allclose(V.kl_divergence(mean, logvar), kl)
+
+    net = V.VAE(SMALL)
+    with torch.no_grad():
+        net.quant_conv.weight.zero_()
+        net.quant_conv.bias[:] = torch.tensor([1.0, 2, 3, -99, 0.5, 99])
+        mean, logvar = net.encode(noise(1, 3, 8, 8))
+    assert mean[0, :, 0, 0].tolist() == [1, 2, 3] and logvar[0, :, 0, 0].tolist() == [-30, 0.5, 20]
+    fixed = V.VAE(replace(SMALL, sigma=0.2))
+    z, _, mean, logvar = fixed(noise(1, 3, 8, 8), torch.ones(1, 3, 4, 4))
+    assert torch.allclose(z - mean, torch.full_like(z, 0.2)) and torch.allclose(logvar.exp(), torch.full_like(z, 0.04))
+
+
+def test_ranges():
+    """All 256 levels survive the trip to [-1, 1] and back; to_uint8 rounds to the nearest level and clips."""
+    levels = torch.arange(256).to(torch.uint8)
+    x = V.to_float(levels)
+    assert x.min() == -1 and x.max() == 1 and torch.equal(V.to_uint8(x), levels)
+    near = torch.linspace(-1.2, 1.2, 1001, dtype=torch.float64)
+    expected = np.clip(np.floor((near.numpy() + 1) * 127.5 + 0.5), 0, 255)
+    off_ties = np.abs((near.numpy() + 1) * 127.5 % 1 - 0.5) > 1e-3
+    assert (V.to_uint8(near).numpy() == expected)[off_ties].all() and off_ties.mean() > 0.99
+
+
+def test_hinge_and_reconstruction():
+    """GAN and pixel losses are their formulas; a discriminator that is sure has no loss."""
+    real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-3.0, 0.0, 1.0])
+    assert V.discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.5 + 2) / 3 + 0.5 * (1 + 2) / 3)
+    assert V.discriminator_loss(real.abs() + 1, -real.abs() - 1).item() == 0
+    assert V.generator_loss(fake).item() == pytest.approx(2 / 3)
+    x, rec = torch.zeros(1, 3, 1, 2), torch.tensor([0.5, -1.0]).expand(1, 3, 1, 2)
+    assert V.reconstruction_loss(x, rec).item() == 0.75 and V.reconstruction_loss(x, rec, "l2").item() == 0.625
+
+
+def test_adaptive_gan_weight():
+    """LDM's weight is the ratio of both gradients' norms at the last layer, is clamped, and carries no gradient."""
+    h, layer = noise(5, 3), noise(2, 3, seed=1).requires_grad_()
+    rec = h @ layer.T
+    nll, gan = rec.square().sum(), (3 * rec).sum()
+    d_nll, d_gan = 2 * rec.detach().T @ h, 3 * torch.ones(2, 5) @ h
+    weight = V.adaptive_gan_weight(nll, gan, layer)
+    assert torch.allclose(weight, d_nll.norm() / (d_gan.norm() + 1e-4)) and not weight.requires_grad
+    assert V.adaptive_gan_weight(nll * 1e9, gan * 0, layer) == 1e4
+    (nll + weight * gan).backward()                                 # both graphs are still there
+    assert torch.allclose(layer.grad, d_nll + weight * d_gan)
+
+
+def test_discriminator():
+    """The authors' discriminator checkpoint loads (names, shapes), a new one starts from their distribution."""
+    torch.manual_seed(0)
+    net = V.Discriminator()
+    shapes = {key: tuple(v.shape) for key, v in net.state_dict().items() if v.dim()}
+    convs = {0: (64, 3), 2: (128, 64), 5: (256, 128), 8: (512, 256), 11: (1, 512)}
+    expected = {f"main.{i}.weight": (*c, 4, 4) for i, c in convs.items()} | {"main.0.bias": (64,), "main.11.bias": (1,)}
+    for i, c in ((3, 128), (6, 256), (9, 512)):
+        expected |= {f"main.{i}.{name}": (c,) for name in ("weight", "bias", "running_mean", "running_var")}
+    assert shapes == expected and net(noise(2, 3, 64, 64)).shape == (2, 1, 6, 6)
+    for i, (c_out, c_in) in convs.items():
+        weight, n = net.main[i].weight, 16 * c_out * c_in
+        assert abs(weight.mean()) < 4 * 0.02 / n**0.5 and abs(weight.std() / 0.02 - 1) < 4 / (2 * n) ** 0.5
+    for i in (3, 6, 9):
+        assert abs(net.main[i].weight.mean() - 1) < 0.01 and 0.015 < net.main[i].weight.std() < 0.025
+        assert not net.main[i].bias.any()
+    strides = [m.stride[0] for m in net.main if isinstance(m, torch.nn.Conv2d)]
+    slopes = {m.negative_slope for m in net.main if isinstance(m, torch.nn.LeakyReLU)}
+    assert strides == [2, 2, 2, 1, 1] and slopes == {0.2}
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    """A TORCH_HOME with random VGG16 weights; the classifier, which LPIPS never uses, is one zero seen many times."""
+    home = tmp_path_factory.mktemp("torch")
+    torch.manual_seed(0)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], False)
+    state = {f"features.{key}": v for key, v in layers.state_dict().items()}
+    for i, shape in ((0, (4096, 25088)), (3, (4096, 4096)), (6, (1000, 4096))):
+        state |= {f"classifier.{i}.weight": torch.zeros(1).expand(shape), f"classifier.{i}.bias": torch.zeros(shape[0])}
+    (home / "hub/checkpoints").mkdir(parents=True)
+    torch.save(state, home / "hub/checkpoints/vgg16-397923af.pth")
+    return home
+
+
+def test_perceptual_equals_lpips(vgg, monkeypatch):
+    """LPIPS is the package's own number, on images in [-1, 1] used once; only rec gets a gradient, and never NaN."""
+    monkeypatch.setenv("TORCH_HOME", str(vgg))
+    ours, theirs = V.Perceptual(), lpips.LPIPS(net="vgg", verbose=False).eval()
+    x, rec = (noise(2, 3, 32, 32, seed=k).clamp(-1, 1).requires_grad_() for k in (0, 1))
+    ours.train()
+    loss, expected = ours(x, rec), theirs(x, rec).mean()
+    assert error(loss, expected) < 1e-5 and loss.item() > 0
+    gradient, = torch.autograd.grad(expected, rec)
+    loss.backward()
+    assert x.grad is None and error(rec.grad, gradient) < 1e-4 and all(p.grad is None for p in ours.parameters())
+    ours.legacy_range = True                                        # the authors' first release: 2x - 1 twice
+    assert error(ours(x, rec), theirs(2 * x - 1, 2 * rec - 1).mean()) < 1e-5 and error(ours(x, rec), expected) > 1e-3
+    ours.legacy_range = False
+
+    class Bare(torch.nn.Module):                                    # the image as its own feature map
+        def forward(self, x):
+            return [x]
+    ours.net.scaling_layer, ours.net.net = torch.nn.Identity(), Bare()
+    black = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    gradient, = torch.autograd.grad(lpips.normalize_tensor(black).sum(), black)
+    assert gradient.isnan().all()                                   # the package's square root
+    gradient, = torch.autograd.grad(ours.features(black)[0].sum(), black)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights", b"PK\x03\x04 cut"])
+def test_missing_vgg(tmp_path, monkeypatch, content):
+    """Without network, or with a broken file, one line says which file goes where."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    if content is not None:
+        (tmp_path / "hub/checkpoints").mkdir(parents=True)
+        (tmp_path / "hub/checkpoints/vgg16-397923af.pth").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        V.Perceptual()
+    one_line(caught, "vgg16-397923af.pth", tmp_path / "hub/checkpoints", "--lpips=0")
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading.
+
+
+def beside(path, mean, std, disc):
+    torch.save({"latents_bias": mean.view(1, -1, 1, 1), "latents_scale": 1 / std.view(1, -1, 1, 1)},
+               f"{path}-latents-stats.pt")
+    torch.save(disc, f"{path}-discriminator-ckpt.pt")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_load_vae(tmp_path, wrapped):
+    """A file of weights gives the VAE bit by bit, its shape guessed; statistics (as variances) and D from beside it."""
+    vae, mean, std = V.VAE(SMALL), torch.tensor([1.0, -2.0, 0.1]), torch.tensor([0.5, 2.0, 3.0])
+    state, path = vae.state_dict(), tmp_path / "vae.pt"
+    torch.save({"state_dict": state, "args": Namespace(lr=1e-4)} if wrapped else state, path)
+    loaded, stats, disc = V.load_vae(str(path))
+    assert loaded.cfg == SMALL and stats is None and disc is None
+    assert all(torch.equal(v, state[key]) for key, v in loaded.state_dict().items())
+    beside(tmp_path / "vae", mean, std, {"main.0.bias": mean})
+    _, stats, disc = V.load_vae(str(path))
+    assert torch.allclose(stats[0], mean) and torch.allclose(stats[1], std**2)
+    assert torch.equal(disc["main.0.bias"], mean)
+    beside(tmp_path / "vae", mean[:2], std[:2], {})
+    with pytest.raises(ValueError) as caught:
+        V.load_vae(str(path))
+    one_line(caught, "vae-latents-stats.pt", 2, 3)
+
+
+def test_load_vae_from_our_checkpoint(tmp_path):
+    """A run's folder gives its newest VAE (the averaged one if there is one), bn's statistics and the discriminator."""
+    old, new, mean, var = V.VAE(SMALL), V.VAE(SMALL), torch.arange(3.0), torch.arange(1.0, 4)
+    file = {"vae_config": asdict(SMALL), "vae": old.state_dict(), "discriminator": {"main.0.bias": mean},
+            "ema": {"bn.running_mean": mean, "bn.running_var": var}}
+    torch.save(file, tmp_path / "step_0000009.pt")
+    torch.save(file | {"vae_ema": new.state_dict()}, tmp_path / "step_0000010.pt")
+    for name in ("step_0000010.resume.pt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    for path, vae in ((tmp_path, new), (tmp_path / "step_0000009.pt", old)):
+        loaded, stats, disc = V.load_vae(str(path))
+        assert torch.equal(loaded.encoder.conv_in.weight, vae.encoder.conv_in.weight) and loaded.cfg == SMALL
+        assert torch.equal(stats[0], mean) and torch.equal(stats[1], var) and torch.equal(disc["main.0.bias"], mean)
+    assert V.find_checkpoint(tmp_path).name == "step_0000010.pt"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        V.find_checkpoint(tmp_path / "empty")
+
+
+def test_guess_config():
+    """Published files carry no configuration: it is read off the shapes, for every published architecture."""
+    for name in ("f8d4", "f16d32", "f8d16"):
+        with torch.device("meta"):
+            state = V.VAE(V.VAES[name]).state_dict()
+        assert V.guess_config(state) == V.VAES[name]
+
+
+def test_published_names_download_three_files(tmp_path, monkeypatch):
+    """--vae=invae fetches three files once, the weights last; without network one line says what goes where."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    with pytest.raises(ValueError) as caught:
+        V.load_vae("invae")
+    one_line(caught, "huggingface.co/REPA-E/invae", tmp_path / "hub/checkpoints/invae-f16d32-latents-stats.pt")
+    urls = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: (urls.append(url), torch.save({}, path)))
+    for _ in range(2):
+        assert V.download("invae") == tmp_path / "hub/checkpoints/invae-f16d32.pt"
+    assert [url.removeprefix("https://huggingface.co/REPA-E/invae/resolve/main/") for url in urls] == [
+        "invae-f16d32-latents-stats.pt", "invae-f16d32-discriminator-ckpt.pt", "invae-f16d32.pt"]
+
+
+def test_wrong_keys_are_named():
+    """A checkpoint of another network says which keys are missing, extra or misshapen, and loads nothing."""
+    net = torch.nn.Linear(2, 3)
+    before = net.weight.clone()
+    with pytest.raises(ValueError) as caught:
+        V.load_strict(net, {"weight": torch.zeros(3, 1), "more": torch.zeros(1)}, "a.pt")
+    one_line(caught, "a.pt", "1 missing (bias)", "1 unexpected (more)",
+             "1 misshapen (weight is (3, 1), expected (3, 2))")
+    assert torch.equal(net.weight, before)
+    with pytest.raises(ValueError) as caught:
+        V.config_from_dict(V.VAEConfig, {"ch": 1, "depth": 3})
+    one_line(caught, "VAEConfig", "depth")
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_bad_files(tmp_path):
+    """Missing, cut, foreign and malicious files are refused in one line that names them; nothing in them runs."""
+    good, marker, path = tmp_path / "good.pt", tmp_path / "executed", tmp_path / "bad.pt"
+    torch.save(V.VAE(SMALL).state_dict(), good)
+    whole = good.read_bytes()
+    torch.save({"encoder": Malicious(marker)}, tmp_path / "malicious.pt")
+    files = [whole[: len(whole) * k // 7] for k in range(7)] + [
+        b"hello\n", b"\x80", b"PK\x03\x04", pickle.dumps(Malicious(marker)), (tmp_path / "malicious.pt").read_bytes()]
+    for content in files:
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            V.load_vae(str(path))
+        one_line(caught, path)
+    for content in ({"a": torch.zeros(1)}, {"state_dict": torch.zeros(2)}, [1, 2], torch.zeros(2), {"vae_config": {}},
+                    {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}):
+        torch.save(content, path)
+        with pytest.raises(ValueError) as caught:
+            V.load_vae(str(path))
+        one_line(caught)
+    with pytest.raises(ValueError) as caught:
+        V.load_vae(str(tmp_path / "absent.pt"))
+    one_line(caught, "absent.pt")
+    assert not marker.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images.
+
+
+def test_center_crop():
+    """ADM's crop, on which every FID rests: identity at R, BOX when halving, the middle of what is longer."""
+    def crop(picture, side):
+        return V.center_crop(picture, side).permute(1, 2, 0).numpy()
+    picture = image(32, 32)
+    assert (crop(picture, 32) == np.asarray(picture)).all()
+    pixels = np.asarray(image(64, 64)).astype(float)
+    halved = pixels.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(crop(image(64, 64), 32) - halved).max() <= 1      # PIL rounds after each of the two directions
+    wide = image(32, 49)
+    assert (crop(wide, 32) == np.asarray(wide)[:, 8:40]).all()
+    assert (crop(wide.transpose(Image.TRANSPOSE), 32) == np.asarray(wide)[:, 8:40].transpose(1, 0, 2)).all()
+    odd = image(75, 131)                                            # halved once (37 x 65), then BICUBIC to 32 x 56
+    small = odd.resize((65, 37), Image.BOX).resize((56, 32), Image.BICUBIC)
+    assert (crop(odd, 32) == np.asarray(small)[:, 12:44]).all()
+    for size in ((1, 1), (1, 70), (31, 33), (33, 31), (200, 63), (64, 63)):
+        assert V.center_crop(image(*size), 32).shape == (3, 32, 32)
+
+
+def test_folder(tmp_path):
+    """Real folders: every format and mode gives the same picture in RGB; classes are sorted folder names."""
+    picture, grey = image(65, 47), image(65, 47, mode="L")
+    for name in ("b dog", "a cat"):
+        (tmp_path / name).mkdir()
+    cat, dog = tmp_path / "a cat", tmp_path / "b dog"
+    picture.save(cat / "0.png")
+    picture.save(cat / "1.JPEG", quality=95)
+    picture.convert("CMYK").save(cat / "2.jpg", quality=95)
+    rgba = picture.convert("RGBA")
+    rgba.putalpha(7)
+    rgba.save(cat / "3.png")
+    picture.save(cat / "4.webp", lossless=True)
+    (cat / "notes.txt").write_text("not an image")
+    grey.save(dog / "0.jpg", quality=95)
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(dog / "1.png")
+    grey.save(dog / "2.bmp")
+
+    data = V.open_images(str(tmp_path), 32)
+    assert data.classes == ["a cat", "b dog"] and len(data) == 8
+    images, labels = data[range(8)]
+    assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32) and labels.tolist() == [0] * 5 + [1] * 3
+    for i, other in enumerate(images):
+        expected = V.center_crop(picture if i < 5 else grey, 32)
+        limit = 0.01 if i in (0, 3, 4, 6, 7) else 3                 # JPEG loses a little
+        assert (other.int() - expected.int()).abs().float().mean() < limit, data.files[i]
+    again, labels = data[[6, 0]]
+    assert torch.equal(again, images[[6, 0]]) and labels.tolist() == [1, 0]
+
+
+def test_bad_folders(tmp_path):
+    """Each mistake with a data folder is one line that names the folder or the file."""
+    with pytest.raises(ValueError) as caught:
+        V.open_images(str(tmp_path / "absent"), 32)
+    one_line(caught, tmp_path / "absent", "--data=tiny")
+    image(8, 8).save(tmp_path / "loose.png")
+    with pytest.raises(ValueError) as caught:
+        V.Folder(tmp_path, 32)
+    one_line(caught, tmp_path, "no class folders")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError) as caught:
+        V.Folder(tmp_path, 32)
+    one_line(caught, tmp_path / "cat", "no images")
+    image(64, 64).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    for content in (b"", b"no image", whole[:100], whole[: len(whole) // 2], whole[:60] + b"??" + whole[62:]):
+        (tmp_path / "cat/1.png").write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            V.Folder(tmp_path, 32)[[0]]
+        one_line(caught, tmp_path / "cat/1.png")
+
+
+def test_shapes():
+    """Image i is a function of i alone, labels cover the ten classes, and the mask lies where the shape is."""
+    data = V.Shapes(32)
+    images, labels, masks = data.draw(range(1000))
+    for indices in ([999], [3, 998, 0], range(17, 50)):
+        alone, label = data[indices]
+        assert torch.equal(alone, images[list(indices)]) and torch.equal(label, labels[list(indices)])
+    assert torch.equal(V.Shapes(32, first=500)[[7]][0], images[[507]])
+    assert images.dtype == torch.uint8 and len(images.flatten(1).unique(dim=0)) == 1000
+    count = torch.bincount(labels, minlength=10)                    # standard deviation: 9.5
+    assert len(count) == 10 and len(data.classes) == 10 and (count - 100).abs().max() < 40
+    share = masks.mean((1, 2))
+    assert masks.min() == 0 and masks.max() == 1 and 0.02 < share.min() and share.max() < 0.8
+    _, labels, masks_fine = V.Shapes(128).draw(range(200))
+    for label, mask in zip(labels, masks_fine):                     # the mask is the label's shape
+        rows, columns = (mask.amax(axis) > 0.5 for axis in (1, 0))
+        box = mask[rows][:, columns]
+        centre = box[len(box) // 2, box.shape[1] // 2]
+        if data.classes[label] in ("disc", "square", "plus"):
+            assert centre == 1
+        if data.classes[label] in ("ring", "frame"):
+            assert centre == 0
+        if data.classes[label] == "disc":
+            assert abs(box.mean() - math.pi / 4) < 0.03
+    colours = images.float() / 255                                  # inside and outside differ in some channel
+    inside, outside = ((colours * m[:, None]).sum((2, 3)) / m.sum((1, 2))[:, None] for m in (masks == 1, masks == 0))
+    assert ((inside - outside).abs().amax(1) > 0.15).float().mean() > 0.95

@@ -1,0 +1,760 @@
+"""REPA-E: a VAE and a latent diffusion transformer, trained together (Leng et al., 2504.10483).
+
+    torchrun --nproc_per_node=8 train.py --data=imagenet/train      # the paper's SD-VAE run: defaults are its settings
+    python train.py --data=imagenet/train                           # the same on one GPU: 8 micro-batches a step
+    python train.py --preset=tiny                                   # the whole system on a laptop, no download
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py --data=...
+
+Which loss trains what (x: its gradient arrives there):
+
+    loss                                             VAE   discriminator   SiT and projector
+    reconstruction + LPIPS + KL                       x
+    GAN, generator's side: -D(rec)                    x     (frozen)
+    alignment of SiT(z), through SiT and its bn       x                     (frozen)
+    GAN, discriminator's side: hinge on x and rec           x
+    velocity + alignment on z.detach()                                      x
+
+Without that detach the diffusion loss would reach the VAE and collapse the latents (--preset=naive shows it).
+REPA with a frozen VAE, plain SiT and a VAE's own first stage are the same loop under other settings: see PRESETS.
+
+A run's folder (--out) gets metrics.jsonl, previews, and pairs of checkpoints: step_N.pt plays (sample.py, evaluate.py,
+--init, --vae), step_N.resume.pt continues. The same command again resumes.
+"""
+import copy
+import json
+import os
+import platform
+import re
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from repa import align_loss, load_teacher, teacher_shape
+from sample import (Model, all_mean, autocast, friendly, grid, parse, rank0_first, save_png, seed_of, start)
+from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
+from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight, config_from_dict,
+                 discriminator_loss, find_checkpoint, generator_loss, kl_divergence, load_strict, load_vae, open_images,
+                 read_weights, reconstruction_loss, to_float, to_uint8)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
+
+
+@dataclass
+class Config:
+    # what
+    out: str = "runs/repa-e"        # the run's folder; the same command again resumes from it
+    data: str = "data/imagenet/train"   # a tree of class folders, or tiny (drawn on demand)
+    resolution: int = 256           # R, side of the images
+    vae: str = "sdvae"              # sdvae, invae, vavae (downloaded); a file or run's folder; f8d4 ... tiny (random)
+    sit: str = "SiT-XL/2"           # SiT-{S,B,L,XL}/{1,2,4,8}, depth-width-heads/patch, or none (VAE only)
+    teacher: str = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg], tiny, or none
+    teacher_repo: str = ""          # a local clone of facebookresearch/dinov2, for machines without internet
+    teacher_weights: str = ""       # a local file of the teacher's weights
+    init: str = ""                  # start from this checkpoint's VAE, discriminator and EMA SiT
+    train_vae: bool = True          # False: the VAE stays as it is (REPA, plain SiT)
+    latent_norm: str = "batch"      # batch: BatchNorm follows the latents; fixed: the statistics of the start
+    stop_grad: bool = True          # False: the diffusion loss reaches the VAE (the naive ablation)
+    first_stage: int = 0            # train the VAE alone for so many steps first (with a random --vae)
+    # SiT
+    path: str = "linear"            # interpolant: linear or cosine
+    weighting: str = "uniform"      # of t: uniform or lognormal
+    label_drop: float = 0.1         # share of labels replaced by the null class, for guidance
+    align_depth: int = 0            # SiT block that is aligned; 0: 8 for L and XL, 4 for B and S, else half the depth
+    projector_width: int = 2048
+    qk_norm: bool = False
+    # losses
+    repa_sit: float = 0.5           # weight of the alignment in the SiT step
+    repa_vae: float = 1.5           # ... and in the VAE step: the only way from SiT back to the VAE
+    recon_loss: str = "l1"          # l1 (the released configuration) or l2 (the paper's text)
+    lpips: float = 1.0
+    lpips_legacy_range: bool = False    # LPIPS on 2x - 1, as the published VAEs were trained
+    kl: float = 1e-6
+    sigma: float = 0.0              # > 0: fixed posterior std (sigma-VAE), for a VAE from scratch
+    gan: float = 0.1                # 0 switches the discriminator off
+    gan_start: int = 0              # the step from which the GAN's two losses are active
+    gan_adaptive: bool = False      # times LDM's ratio of gradients at the last layer, for a VAE from scratch
+    disc_ch: int = 64               # discriminator's first width, where none is loaded
+    disc_warmup: int = 2000         # steps of the discriminator alone, if the VAE comes without one
+    # optimisation
+    steps: int = 400_000            # 80 epochs
+    batch: int = 256                # images a step, over all processes
+    micro_batch: int = 32           # images at a time on each process; the rest is accumulated
+    lr_sit: float = 1e-4
+    lr_vae: float = 1e-4
+    lr_disc: float = 1e-4
+    clip: float = 1.0               # norm of each network's gradient
+    ema: float = 0.9999             # of SiT and its bn
+    vae_ema: float = 0.0            # > 0: also of the VAE, which is then sampled with
+    hflip: bool = False
+    seed: int = 0
+    # machine
+    compile: str = "auto"           # torch.compile: auto (on GPUs), 1, 0
+    workers: int = 8                # processes that decode images, for each rank
+    # output
+    log_every: int = 100
+    preview_every: int = 10_000
+    preview_steps: int = 50
+    preview_guidance: float = 1.0
+    save_every: int = 25_000
+    keep: int = 2                   # newest checkpoints that are kept,
+    keep_every: int = 50_000        # and those at multiples of this
+    dry: bool = False               # check everything that can be checked without a model, print the settings, stop
+
+
+PRESETS = {     # gFID at 400k steps without / with guidance, as published
+    "sdvae": {},                                                                    # 4.07 / 1.67
+    "invae": dict(vae="invae", sit="SiT-XL/1", out="runs/invae"),                   # 4.09 / 1.61
+    "vavae": dict(vae="vavae", sit="SiT-XL/1", out="runs/vavae"),                   # 4.05 / 1.73
+    "scratch": dict(vae="f8d4", disc_warmup=0, out="runs/scratch"),                 # 4.34: VAE from random weights
+    "repa": dict(train_vae=False, latent_norm="fixed", out="runs/repa"),            # 7.90: REPA, frozen VAE
+    "sit": dict(train_vae=False, latent_norm="fixed", repa_sit=0.0, repa_vae=0.0, teacher="none", out="runs/sit"),
+    "no-batchnorm": dict(latent_norm="fixed", out="runs/no-batchnorm"),             # 18.1 against 16.3 (L, 100k)
+    "naive": dict(stop_grad=False, repa_vae=0.0, repa_sit=0.0, teacher="none", out="runs/naive"),   # collapses
+    "vae": dict(sit="none", teacher="none", vae="f8d4", gan=0.5, gan_adaptive=True, gan_start=50_000, out="runs/vae"),
+    "tiny": dict(
+        out="runs/tiny", data="tiny", resolution=32, vae="tiny", sit="6-192-3/2", teacher="tiny", align_depth=3,
+        projector_width=256, lpips=0.0, gan=0.02, repa_vae=0.5, disc_ch=16, first_stage=1000, steps=2000, batch=32,
+        lr_sit=1e-3, lr_vae=6e-4, lr_disc=2e-4, ema=0.995, vae_ema=0.99, log_every=50, preview_every=500,
+        preview_guidance=2.0, save_every=500, keep_every=10**9),
+}
+
+
+def architecture(cfg):
+    """(depth, width, heads, patch, align_depth) of --sit."""
+    depth, width, heads, patch = parse_size(cfg.sit)
+    usual = 8 if width >= 1024 else 4 if depth >= 12 else max(1, depth // 2)
+    return depth, width, heads, patch, cfg.align_depth or usual
+
+
+def check(cfg, world, vae_config=None):
+    """All that is wrong with the settings, each in one line that says what to do."""
+    bad, joint = [], cfg.train_vae and cfg.sit != "none"
+    vae_config = vae_config or VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))       # of a file it is known once that is read
+    for name in ("steps", "batch", "micro_batch", "resolution", "log_every", "preview_every", "save_every", "keep",
+                 "keep_every", "preview_steps", "lr_sit", "lr_vae", "lr_disc", "clip", "disc_ch", "projector_width"):
+        if getattr(cfg, name) <= 0:
+            bad.append(f"--{name}={getattr(cfg, name)} must be positive")
+    for name in ("repa_sit", "repa_vae", "lpips", "kl", "sigma", "gan", "gan_start", "disc_warmup", "first_stage",
+                 "workers", "align_depth"):
+        if getattr(cfg, name) < 0:
+            bad.append(f"--{name}={getattr(cfg, name)} must not be negative")
+    for name in ("label_drop", "ema", "vae_ema"):
+        if not 0 <= getattr(cfg, name) < 1:
+            bad.append(f"--{name}={getattr(cfg, name)} must be at least 0 and below 1")
+    for name, known in (("latent_norm", ("batch", "fixed")), ("path", ("linear", "cosine")),
+                        ("recon_loss", ("l1", "l2")), ("weighting", ("uniform", "lognormal")),
+                        ("compile", ("auto", "0", "1"))):
+        if getattr(cfg, name) not in known:
+            bad.append(f"--{name}={getattr(cfg, name)}: expected {' or '.join(known)}")
+    if bad:
+        return bad
+    if cfg.batch % world:
+        fits = " or ".join(str(n) for n in (cfg.batch // world * world, (cfg.batch // world + 1) * world) if n)
+        bad.append(f"--batch={cfg.batch} does not divide over {world} processes: try {fits}")
+    elif (cfg.batch // world) % min(cfg.micro_batch, cfg.batch // world):
+        share = cfg.batch // world
+        best = max(n for n in range(1, cfg.micro_batch + 1) if share % n == 0)
+        bad.append(f"--micro_batch={cfg.micro_batch} does not divide the {share} images of each process: try {best}")
+    if cfg.sit == "none" and not cfg.train_vae:
+        bad.append("--sit=none with --train_vae=0 trains nothing: leave one of them out")
+    if cfg.sit != "none":
+        try:
+            depth, _, _, patch, align_depth = architecture(cfg)
+        except ValueError as error:
+            return bad + [str(error)]
+        if align_depth > depth:
+            bad.append(f"--align_depth={align_depth} is deeper than --sit={cfg.sit} with its {depth} blocks")
+        if cfg.teacher == "none" and (cfg.repa_sit or (joint and cfg.repa_vae)):
+            bad.append("--teacher=none leaves nothing to align with: add --repa_sit=0 --repa_vae=0, or name a teacher")
+        if joint and cfg.repa_vae and not cfg.repa_sit:
+            bad.append("--repa_vae without --repa_sit: the projector would never be trained; set both, or --repa_vae=0")
+        if not cfg.train_vae and cfg.latent_norm == "batch":
+            bad.append("--train_vae=0 needs --latent_norm=fixed: the latents of a frozen VAE keep their statistics")
+        if not cfg.train_vae and not cfg.stop_grad:
+            bad.append("--stop_grad=0 sends the diffusion loss into the VAE, but --train_vae=0 freezes it: choose one")
+        if joint and not cfg.stop_grad and cfg.repa_vae:
+            bad.append("--stop_grad=0 is the naive ablation, in which the VAE gets SiT's whole loss: add --repa_vae=0")
+        if vae_config:
+            down = vae_config.downsampling
+            if cfg.resolution % (down * patch):
+                bad.append(f"--resolution={cfg.resolution} is no multiple of {down * patch}, VAE times patch")
+            elif cfg.teacher != "none" and cfg.repa_sit:
+                try:
+                    side, wanted = cfg.resolution // down, teacher_shape(cfg.teacher, cfg.resolution)[0]
+                    if (side // patch) ** 2 != wanted:
+                        fits = [p for p in (1, 2, 4, 8) if (side // p) ** 2 == wanted]
+                        bad.append(f"--sit={cfg.sit} on latents of {side}x{side} has {(side // patch) ** 2} tokens, "
+                                   f"--teacher={cfg.teacher} {wanted}: "
+                                   + (f"use patch {fits[0]}" if fits else "use another VAE or teacher"))
+                except ValueError as error:
+                    bad.append(str(error))
+    elif vae_config and cfg.resolution % vae_config.downsampling:
+        bad.append(f"--resolution={cfg.resolution} is no multiple of the VAE's {vae_config.downsampling}")
+    if cfg.sigma and cfg.vae not in VAES:
+        bad.append(f"--sigma is for a VAE from scratch ({', '.join(VAES)}): --vae={cfg.vae} has learnt its posterior")
+    return bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data order and randomness: functions of (seed, step), for the whole batch; each process takes its rows. So nothing
+# about them is ever saved, a resumed run goes on exactly where it was, and the number of processes may change between.
+
+
+class Order(torch.utils.data.Sampler):
+    """Index lists of this process's micro-batches, step after step through a fresh permutation of each epoch."""
+
+    def __init__(self, length, cfg, rank, world, first_step, stream="epoch"):
+        self.length, self.cfg, self.rank, self.world = length, cfg, rank, world
+        self.first, self.stream = first_step, stream
+
+    def __iter__(self):
+        epoch, order, share = None, None, self.cfg.batch // self.world
+        for position in range(self.first * self.cfg.batch, 2**62, self.cfg.batch):
+            rows = []
+            for i in range(position + self.rank * share, position + (self.rank + 1) * share):
+                if i // self.length != epoch:
+                    epoch = i // self.length
+                    generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, self.stream, epoch))
+                    order = torch.randperm(self.length, generator=generator)
+                rows.append(int(order[i % self.length]))
+            for i in range(0, share, self.cfg.micro_batch):
+                yield rows[i : i + self.cfg.micro_batch]
+
+
+def batches_of(data, cfg, rank, world, device, first_step, stream="epoch"):
+    """Endless micro-batches (uint8 [b, 3, R, R], labels [b]) on the device, from first_step on."""
+    workers = cfg.workers if hasattr(data, "files") else 0
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, sampler=Order(len(data), cfg, rank, world, first_step, stream), num_workers=workers,
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    for x, y in loader:
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def draws(cfg, step, rank, world, latent, device, stream="step"):
+    """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b]."""
+    g = torch.Generator(device).manual_seed(seed_of(cfg.seed, stream, step))
+    B, mine = cfg.batch, slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+    u = torch.rand(3, B, generator=g, device=device)
+    eps, noise = (torch.randn(B, *latent, generator=g, device=device)[mine] for _ in range(2))
+    t = time_from_uniform(u[0], cfg.weighting, cfg.path)
+    return t[mine], eps, noise, u[1, mine] < cfg.label_drop, u[2, mine] < (0.5 if cfg.hflip else 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small helpers of the loop.
+
+
+@contextmanager
+def frozen(*modules):
+    """Inside, gradients flow through the modules, not into their parameters; after it all is as it was."""
+    trainable = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def syncing(now, *networks):
+    """DDP averages gradients over the processes in the last micro-batch of a step only."""
+    with ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, DistributedDataParallel) and not now:
+                stack.enter_context(network.no_sync())
+        yield
+
+
+@torch.no_grad()
+def ema_update(average, model, decay, ok):
+    """average += (1 - decay) (model - average), parameters and float buffers; counters are copied. Only where ok."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+    weight = (1 - decay) * ok.float()
+    ours, theirs = [a for a, _ in floats], [b for _, b in floats]
+    torch._foreach_add_(ours, torch._foreach_mul(torch._foreach_sub(theirs, ours), weight))
+    for a, b in pairs:
+        if not a.is_floating_point():
+            a.copy_(torch.where(ok, b, a))
+
+
+def all_finite(*values):
+    """Bool tensor: every value (a tensor each) is finite on every process."""
+    bad = torch.stack([(~torch.isfinite(v)).any() for v in values]).any().float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return bad == 0
+
+
+def make_optimizer(network, lr):
+    """The paper's AdamW. Fused: one kernel, whose `found_inf` skips a step on the device, without asking the host."""
+    return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+
+
+class Log:
+    """Sums of scalars on the device; one reduction and one copy to the host for each line that is printed."""
+
+    NETWORKS = {"vae": ("l1", "lpips", "kl", "gan", "align_vae"), "disc": (), "sit": ("v", "align_sit")}
+
+    def __init__(self, out, rank, device):
+        self.sums, self.count, self.rank, self.out = {}, 0, rank, Path(out)
+        self.device, self.since, self.waited = device, time.time(), 0.0
+
+    def wait(self, batches):
+        """The next batch; the time it takes is what the loop waits on data."""
+        begin = time.time()
+        batch = next(batches)
+        self.waited += time.time() - begin
+        return batch
+
+    def add(self, ok, terms):
+        """Scalars of a step, on the device; those of a skipped step do not count."""
+        for name, value in {**terms, "good": torch.ones_like(ok)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
+        self.count += 1
+
+    def write(self, line):
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def flush(self, step, cfg, skipped):
+        """Prints the means since the last call in one line, and writes them as JSON."""
+        names = list(self.sums)
+        values = all_mean(torch.stack([self.sums[name] for name in names])).tolist()
+        mean, seconds = dict(zip(names, values)), (time.time() - self.since) / self.count
+        good = max(mean.pop("good"), 1)
+        mean = {name: value / good for name, value in mean.items()}
+        parts = [f"{net} {mean[net]:.3f} " + " ".join(f"{term} {mean[term]:.3f}" for term in inside if term in mean)
+                 for net, inside in self.NETWORKS.items() if net in mean]
+        norms = " ".join(f"{mean[f'norm_{net}']:.2f}" for net in self.NETWORKS if f"norm_{net}" in mean)
+        left, skips = int((cfg.steps - step) * seconds), int(skipped[0])
+        line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / self.count * 1e3, "skipped": skips}
+        if self.device.type == "cuda":
+            line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.rank == 0:
+            print(f"step {step:07d}/{cfg.steps:07d} | {' | '.join(part.strip() for part in parts)} | |g| {norms} | "
+                  f"{cfg.batch / seconds:.0f} img/s | {line['ms']:.0f} ms, data {line['data_ms']:.0f} | "
+                  + (f"{line['GiB']:.1f} GiB | " if "GiB" in line else "") + (f"SKIPPED {skips} | " if skips else "")
+                  + f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+        self.write(line)
+        self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
+
+
+def write_atomically(path, content):
+    """torch.save to a temporary name, on the disk before it gets its own: a reader sees all of it or nothing."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoints(out):
+    """Steps of which both files are there, in order."""
+    names = {entry.name for entry in Path(out).iterdir()}
+    steps = [int(match[1]) for match in (re.fullmatch(r"step_(\d{7,})\.pt", name) for name in names) if match]
+    return sorted(step for step in steps if f"step_{step:07d}.resume.pt" in names)
+
+
+def save(cfg, step, plays, resumes):
+    """Both files of a step (the one that plays last, which completes the pair), then the old ones go."""
+    out = Path(cfg.out)
+    write_atomically(out / f"step_{step:07d}.resume.pt", resumes)
+    write_atomically(out / f"step_{step:07d}.pt", plays)
+    for old in checkpoints(out)[: -cfg.keep]:
+        if old % cfg.keep_every:
+            (out / f"step_{old:07d}.pt").unlink()
+            (out / f"step_{old:07d}.resume.pt").unlink()
+
+
+# What must be the same when a run is resumed, besides the shapes of the networks.
+FIXED = ("data", "resolution", "sit", "teacher", "train_vae", "latent_norm", "stop_grad", "path", "batch", "seed",
+         "hflip")
+
+
+def load_pair(cfg, rank):
+    """The newest complete pair of the run's folder, or None. ValueError where its settings can't be continued."""
+    steps = checkpoints(cfg.out)
+    if not steps:
+        return None
+    path = Path(cfg.out) / f"step_{steps[-1]:07d}.pt"
+    plays, resumes = read_weights(path), read_weights(path.with_suffix(".resume.pt"))
+    old, new = plays["config"], asdict(cfg)
+    wrong = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in FIXED if old.get(key) != new[key]]
+    if wrong:
+        raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use those, or another --out")
+    changed = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new if key != "dry" and old.get(key) != new[key]]
+    if rank == 0:
+        print(f"resuming {path}" + (f", changed: {', '.join(changed)}" if changed else ""))
+    return plays, resumes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models.
+
+
+def build(cfg, data, pair, device):
+    """-> vae, sit, disc, teacher, perceptual (None where the settings need none), and what they still need.
+
+    Weights come from the checkpoint pair when resuming, else from --init, --vae, or the dice (seeded).
+    """
+    torch.manual_seed(seed_of(cfg.seed, "weights", 0))
+    sit = disc = teacher = perceptual = stats = None
+    if pair is None:
+        with rank0_first():
+            vae, stats, disc_state = load_vae(cfg.init or cfg.vae)
+        if cfg.sigma:
+            vae = VAE(replace(vae.cfg, sigma=cfg.sigma))
+    else:
+        vae, disc_state = VAE(config_from_dict(VAEConfig, pair[0]["vae_config"])), pair[0].get("discriminator")
+        load_strict(vae, pair[0]["vae"], "the checkpoint's vae")
+    problems = check(cfg, 1, vae.cfg)
+    if problems:
+        raise ValueError(problems[0])
+
+    if cfg.sit != "none":
+        depth, width, heads, patch, align_depth = architecture(cfg)
+        dims = (teacher_shape(cfg.teacher, cfg.resolution)[1],) if cfg.repa_sit else ()
+        sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, cfg.resolution // vae.cfg.downsampling,
+                            len(data.classes), dims, align_depth, cfg.projector_width, cfg.qk_norm, cfg.path))
+        if pair is not None:
+            load_strict(sit, pair[1]["model"], "the checkpoint's SiT")
+        elif cfg.init:
+            start_from(sit, cfg.init)
+        if stats is not None:
+            sit.bn.set(*stats)
+        if dims:
+            with rank0_first():
+                teacher = load_teacher(cfg.teacher, cfg.resolution, cfg.teacher_repo, cfg.teacher_weights,
+                                       getattr(data, "draw", None)).to(device, memory_format=torch.channels_last)
+    if cfg.train_vae and cfg.gan:
+        disc = Discriminator(disc_state["main.0.weight"].shape[0] if disc_state else cfg.disc_ch)
+        if disc_state:
+            load_strict(disc, disc_state, "the discriminator")
+    if cfg.train_vae and cfg.lpips:
+        with rank0_first():
+            perceptual = Perceptual(cfg.lpips_legacy_range).to(device)
+    for network in filter(None, (vae, sit, disc)):
+        network.to(device, memory_format=torch.channels_last)
+    needs_statistics = sit is not None and pair is None and stats is None
+    needs_warmup = disc is not None and pair is None and not disc_state and cfg.vae not in VAES
+    return vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup
+
+
+def start_from(sit, path):
+    """--init: another run's EMA SiT, for other data or classes; what depends on those starts afresh, and is named."""
+    file = read_weights(find_checkpoint(path))
+    if "ema" not in file:
+        raise ValueError(f"--init={path} holds no SiT: for its VAE alone use --vae={path}")
+    own, fresh = sit.state_dict(), []
+    for key, value in own.items():
+        other = file["ema"].get(key)
+        if other is not None and other.shape == value.shape:
+            own[key] = other
+        elif key.startswith(("y_embedder.", "pos_embed", "projectors.")):
+            fresh.append(key)
+        else:
+            raise ValueError(f"--init={path} does not fit --sit: {key} is "
+                             f"{'missing' if other is None else tuple(other.shape)}, expected {tuple(value.shape)}")
+    sit.load_state_dict(own)
+    print(f"--init={path}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
+
+
+@torch.no_grad()
+def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, steps=8):
+    """The latents' own mean and variance over a few batches: where `bn` starts if no file of statistics is given."""
+    for step in range(steps):
+        for noise in draws(cfg, step, rank, world, latent, device, "statistics")[2].split(cfg.micro_batch):
+            with autocast(device):
+                mean, logvar = vae.encode(to_float(next(batches)[0]))
+            sit.bn.normalise_batch(vae.sample(mean, logvar, noise))
+    sit.bn.set(*sit.bn.pending_statistics())
+    sit.bn.pending = None
+
+
+def warm_up_discriminator(disc, disc_train, opt, vae, batches, cfg, rank, device, accumulate):
+    """A VAE that comes without its discriminator: train one on its reconstructions first, the VAE untouched."""
+    for step in tqdm(range(cfg.disc_warmup), "warming up the discriminator", disable=rank > 0):
+        for i in range(accumulate):
+            with torch.no_grad(), autocast(device):
+                x = to_float(next(batches)[0])
+                rec = vae.decode(vae.encode(x)[0]).float()
+            with syncing(i == accumulate - 1, disc_train):
+                (discriminator_loss(disc_train(x), disc_train(rec)) / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip)
+        opt.step()
+        opt.zero_grad()
+
+
+def check_replicas(world, **networks):
+    """Every parameter and buffer is the same on all processes, else a RuntimeError names the first that is not."""
+    for label, network in networks.items():
+        if world > 1 and network is not None:
+            state = network.state_dict()
+            sums = torch.stack([value.double().sum() for value in state.values()])
+            low, high = sums.clone(), sums.clone()
+            dist.all_reduce(low, dist.ReduceOp.MIN)
+            dist.all_reduce(high, dist.ReduceOp.MAX)
+            for name, same in zip(state, (low == high).tolist()):       # NaN is never equal
+                if not same:
+                    raise RuntimeError(f"the processes' copies of {label}.{name} differ: the run is broken since the "
+                                       "last checkpoint; resume from that")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run.
+
+
+def run(cfg, rank, world, device):
+    """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one."""
+    data = open_images(cfg.data, cfg.resolution)
+    pair = load_pair(cfg, rank)
+    first = pair[0]["steps"] if pair else 0
+    vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, device)
+    latent = (vae.cfg.z_channels, *[cfg.resolution // vae.cfg.downsampling] * 2)            # C, h, w
+    share = cfg.batch // world
+    micro = min(cfg.micro_batch, share)
+    accumulate = share // micro
+
+    def wrap(network):
+        if network is None or world == 1:
+            return network
+        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # what is trained, each with its own AdamW. EMA copies are taken before anything is compiled
+    if not cfg.train_vae:
+        vae.requires_grad_(False)
+    trained = {"vae": vae if cfg.train_vae else None, "disc": disc, "sit": sit}
+    trained = {name: network for name, network in trained.items() if network is not None}
+    opts = {name: make_optimizer(net, getattr(cfg, f"lr_{name}")) for name, net in trained.items()}
+    opt_keys = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc"}                         # the authors' names
+    disc_train = wrap(disc)
+    if needs_warmup and cfg.disc_warmup:
+        some = batches_of(data, cfg, rank, world, device, 0, "warm-up")
+        warm_up_discriminator(disc, disc_train, opts["disc"], vae, some, cfg, rank, device, accumulate)
+    if needs_statistics:
+        some = batches_of(data, cfg, rank, world, device, 0, "statistics")
+        measure_statistics(sit, vae, some, cfg, rank, world, latent, device)
+    ema = copy.deepcopy(sit).requires_grad_(False) if sit else None
+    vae_ema = copy.deepcopy(vae).requires_grad_(False) if cfg.vae_ema and cfg.train_vae else None
+    skipped = torch.zeros(2, device=device)                                                 # in all, in a row
+    if pair:
+        for name, opt in opts.items():
+            opt.load_state_dict(pair[1][opt_keys[name]])
+        for average, key in ((ema, "ema"), (vae_ema, "vae_ema")):
+            if average is not None:
+                load_strict(average, pair[0].get(key) or pair[0]["vae"], f"the checkpoint's {key}")
+        skipped = pair[1]["skipped"].to(device)
+    pair = None
+
+    vae_fast = vae
+    if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
+        vae_fast = torch.compile(vae, dynamic=False)    # a wrapper: previews use the plain one, at any batch size
+        for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual]:
+            if module is not None:
+                module.compile(dynamic=False)           # in place: state_dict keeps its names
+    vae_train, sit_train = wrap(vae_fast) if cfg.train_vae else vae_fast, wrap(sit)
+    batches = batches_of(data, cfg, rank, world, device, first)
+    log = Log(cfg.out, rank, device)
+    log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": versions(), "images": len(data)})
+
+    for step in range(first, cfg.steps + 1):            # one turn more than steps: the last one only looks and saves
+        done = step == cfg.steps
+        if step > first and (done or step % cfg.preview_every == 0) and rank == 0:
+            preview(cfg, step, vae_ema or vae, ema, data, device)
+        if step > first and (done or step % cfg.save_every == 0):
+            average_buffers(disc)
+            check_replicas(world, vae=vae, sit=sit, disc=disc)
+            if rank == 0:
+                plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "vae": vae.state_dict(), "steps": step,
+                         "classes": list(data.classes), "versions": versions()}
+                resumes = {"steps": step, "skipped": skipped.cpu()}
+                if vae_ema:
+                    plays["vae_ema"] = vae_ema.state_dict()
+                if sit:
+                    plays |= {"sit_config": asdict(sit.cfg), "ema": ema.state_dict()}
+                    resumes["model"] = sit.state_dict()
+                if disc:
+                    plays["discriminator"] = disc.state_dict()
+                resumes |= {opt_keys[name]: opt.state_dict() for name, opt in opts.items()}
+                save(cfg, step, plays, resumes)
+        if done:
+            break
+
+        # ------------------------------------------------------------------ one step of the paper: recipe, section 3
+        t_all, eps_all, noise_all, drop_all, flip_all = draws(cfg, step, rank, world, latent, device)
+        gan_on, undo_buffers, terms = disc is not None and step >= cfg.gan_start, remember_buffers(disc), {}
+        for i in range(accumulate):
+            rows = slice(i * micro, (i + 1) * micro)
+            t, eps, noise, drop = t_all[rows], eps_all[rows], noise_all[rows], drop_all[rows]
+            image, y = log.wait(batches)                                    # uint8 [b, 3, R, R], [b]
+            image = torch.where(flip_all[rows, None, None, None], image.flip(-1), image) if cfg.hflip else image
+            x, now = to_float(image), {}                                    # x float [b, 3, R, R] in [-1, 1]
+            with syncing(i == accumulate - 1, vae_train, disc_train, sit_train):
+                with torch.no_grad(), autocast(device):
+                    f = [teacher(image)] if teacher else []                 # [b, T, d]
+                    if not cfg.train_vae:
+                        z = vae.sample(*vae.encode(x), noise)               # [b, C, h, w]
+
+                # 1. VAE: pixels, KL, GAN; and alignment through the frozen SiT, the VAE's only signal from there
+                if cfg.train_vae:
+                    with frozen(sit, disc):
+                        with autocast(device):
+                            z, rec, mean, logvar = vae_train(x, noise)      # rec [b, 3, R, R], the others [b, C, h, w]
+                        now["l1"] = reconstruction_loss(x, rec, cfg.recon_loss)
+                        now["lpips"] = perceptual(x, rec) if perceptual else x.new_zeros(())
+                        now["kl"] = kl_divergence(mean, logvar)
+                        now["vae"] = now["l1"] + cfg.lpips * now["lpips"] + cfg.kl * now["kl"]
+                        if gan_on:
+                            now["gan"] = generator_loss(disc(rec))
+                            nll, last = now["l1"] + cfg.lpips * now["lpips"], vae.decoder.conv_out.weight
+                            balance = adaptive_gan_weight(nll, now["gan"], last) if cfg.gan_adaptive else 1
+                            now["vae"] = now["vae"] + cfg.gan * balance * now["gan"]
+                        if sit and cfg.repa_vae:
+                            z_t, _ = interpolate(sit.bn(z), eps, t, cfg.path)       # bn: running statistics, constants
+                            with autocast(device):
+                                h = sit.align_only(z_t, t, y)                       # [b, T, d], no label dropout
+                            now["align_vae"] = align_loss(h, f)
+                            now["vae"] = now["vae"] + cfg.repa_vae * now["align_vae"]
+                        if cfg.stop_grad:
+                            (now["vae"] / accumulate).backward()
+
+                # 2. discriminator: the same x and reconstruction
+                if gan_on:
+                    now["disc"] = discriminator_loss(disc_train(x), disc_train(rec.detach()))
+                    (now["disc"] / accumulate).backward()
+
+                # 3. SiT: velocity and alignment, with the same t and eps as in 1; detach keeps this loss out of the VAE
+                if sit:
+                    z = z.detach() if cfg.stop_grad else z
+                    zn = sit.bn.normalise_batch(z) if cfg.latent_norm == "batch" else sit.bn(z)
+                    z_t, target = interpolate(zn, eps, t, cfg.path)
+                    with autocast(device):
+                        v, h = sit_train(z_t, t, y, drop)                   # [b, C, h, w], [b, T, d]
+                    now["sit"] = now["v"] = F.mse_loss(v.float(), target)
+                    if h:
+                        now["align_sit"] = align_loss(h, f)
+                        now["sit"] = now["v"] + cfg.repa_sit * now["align_sit"]
+                    loss = now["sit"] if cfg.stop_grad else now["sit"] + now["vae"]     # naive: one backward of the sum
+                    (loss / accumulate).backward()
+            terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in now.items()}
+
+        # 4. the three updates are independent of each other: clip each, check all once, step all or none
+        active = [name for name in trained if name != "disc" or gan_on]
+        for name in active:
+            terms[f"norm_{name}"] = torch.nn.utils.clip_grad_norm_(trained[name].parameters(), cfg.clip)
+        ok = all_finite(*terms.values())
+        for name in active:
+            opts[name].found_inf = (~ok).float()
+            opts[name].step()
+            opts[name].zero_grad()
+        undo_buffers(ok)
+        if sit and cfg.latent_norm == "batch":
+            sit.bn.commit(ok)
+        # 5. averages of the weights
+        if sit:
+            ema_update(ema, sit, cfg.ema, ok)
+        if vae_ema:
+            ema_update(vae_ema, vae, cfg.vae_ema, ok)
+        # ------------------------------------------------------------------------------------------- end of the step
+
+        skipped = torch.where(ok, skipped * skipped.new_tensor([1, 0]), skipped + 1)
+        log.add(ok, terms)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            log.flush(step + 1, cfg, skipped)
+        if (device.type == "cpu" or (step + 1) % cfg.log_every == 0) and skipped[1] >= 10:
+            seen = {name: value.item() for name, value in terms.items() if not torch.isfinite(value)}
+            raise ValueError(f"ten steps in a row were not finite, up to {step} (process {rank}: {seen or 'finite'}): "
+                             f"stopped; {cfg.out} keeps its last checkpoint. Lower the learning rates, check the data")
+
+
+def remember_buffers(disc):
+    """The discriminator's BatchNorm statistics as they are now -> a function that puts them back where ok is False."""
+    before = [(b, b.clone()) for b in disc.buffers()] if disc else []
+
+    def undo(ok):
+        for buffer, old in before:
+            buffer.copy_(torch.where(ok, buffer, old))
+    return undo
+
+
+def average_buffers(disc):
+    """Each process has its own statistics in the discriminator's BatchNorms; a checkpoint gets their mean."""
+    for buffer in disc.buffers() if disc else []:
+        if buffer.is_floating_point():
+            all_mean(buffer)
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": str(np.__version__),
+            "torchvision": str(torchvision.__version__)}
+
+
+@torch.no_grad()
+def preview(cfg, step, vae, ema, data, device):
+    """samples_N.png (EMA SiT, fixed seed, a row for each class while there are ten) and reconstructions_N.png."""
+    out = Path(cfg.out)
+    if ema:
+        classes = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist()
+        model, labels = Model(vae, ema, list(data.classes), {}, step), [c for c in classes for _ in range(8)]
+        images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance)
+        save_png(out / f"samples_{step:07d}.png", grid(images, 8))
+    image, _ = data[list(range(0, len(data), max(1, len(data) // 16)))[:16]]
+    rec = to_uint8(vae.decode(vae.encode(to_float(image.to(device)))[0])).cpu()
+    pairs = torch.stack([image, rec], 1).flatten(0, 1)              # image, reconstruction, image, reconstruction, ...
+    save_png(out / f"reconstructions_{step:07d}.png", grid(pairs, 8))
+
+
+@friendly
+def main(argv):
+    cfg = parse(Config, argv, PRESETS)
+    rank, world, device = start()
+    problems = check(cfg, world)
+    if problems:
+        raise ValueError("; ".join(problems))
+    differs = {key: value for key, value in asdict(cfg).items() if value != getattr(Config, key)}
+    if rank == 0:
+        print(f"settings that differ from the paper's run: {differs or 'none'}")
+    if cfg.dry:
+        return
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / f".writable-{rank}").write_text("")
+        (Path(cfg.out) / f".writable-{rank}").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out={cfg.out} ({error.strerror}): name another folder") from None
+    if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES:
+        # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half
+        stage = replace(cfg, out=f"{cfg.out}/first-stage", sit="none", teacher="none", steps=cfg.first_stage,
+                        first_stage=0, gan_start=cfg.first_stage // 2, train_vae=True, stop_grad=True)
+        if not checkpoints(cfg.out):
+            Path(stage.out).mkdir(exist_ok=True)
+            run(stage, rank, world, device)
+        cfg = replace(cfg, vae=stage.out)
+    run(cfg, rank, world, device)
+    if rank == 0:
+        print(f"done: {cfg.out}" + (f". Samples: python sample.py {cfg.out}" if cfg.sit != "none" else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,628 @@
+"""Pixels and their latents: image data, the KL-VAE, its discriminator and its losses.
+
+    image x  uint8 [B, 3, R, R] in 0..255          (every file and every function boundary)
+      |  to_float                                  float [B, 3, R, R] in [-1, 1]  (inside this file only)
+      v
+    encoder -> mean, logvar  [B, C, h, w]          h = w = R / 8 (f8) or R / 16 (f16)
+      |  z = mean + exp(logvar / 2) * noise        the unnormalised latents that SiT is trained on
+      v
+    decoder -> rec  float [B, 3, R, R]  -- to_uint8 -->  image
+
+| preset | C  | latents of 256 px | parameters | the VAE of                                   |
+|--------|----|-------------------|------------|----------------------------------------------|
+| f8d4   | 4  | 4 x 32 x 32       | 83,653,863 | Stable Diffusion 1 and 2, SDXL, REPA-E sdvae |
+| f16d32 | 32 | 32 x 16 x 16      | 69,836,067 | REPA-E invae and vavae                       |
+| f8d16  | 16 | 16 x 32 x 32      | 83,819,683 | Stable Diffusion 3, FLUX                     |
+| tiny   | 4  | 4 x 8 x 8 (32 px) | 0.5 M      | the laptop preset                            |
+
+Names of modules follow latent-diffusion's AutoencoderKL, so that published weights load without a converter.
+This file knows nothing of SiT, of the teacher, of optimizers or of processes.
+"""
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
+
+
+def to_float(image):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] -> uint8 0..255, rounded to the nearest level (truncation would darken by half a level)."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def center_crop(image, resolution):
+    """ADM's crop: PIL image of any size -> uint8 [3, R, R].
+
+    The image is halved by BOX while its short side is at least 2R, brought to R by BICUBIC, and its centre is kept
+    (Dhariwal and Nichol, "Diffusion Models Beat GANs", the data of every ImageNet FID since).
+    """
+    if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = resolution / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+class Folder:
+    """A tree FOLDER/class/image.jpg: classes are the sorted names of the folders."""
+
+    SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+    def __init__(self, path, resolution):
+        path, self.resolution, self.files, self.labels = Path(path), resolution, [], []
+        if not path.is_dir():
+            raise ValueError(f"no data folder at {path}: expected a tree like {path}/dog/1.jpg, or use --data=tiny")
+        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        if not self.classes:
+            raise ValueError(f"{path} holds no class folders: expected a tree like {path}/dog/1.jpg")
+        for label, name in enumerate(self.classes):
+            entries = sorted(os.listdir(path / name))
+            found = [str(path / name / entry) for entry in entries if entry.lower().endswith(self.SUFFIXES)]
+            if not found:
+                raise ValueError(f"class folder {path / name} holds no images ({', '.join(self.SUFFIXES)}): "
+                                 "remove it, or point --data at the folder whose subfolders are the classes")
+            self.files += found
+            self.labels += [label] * len(found)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, indices):
+        images = []
+        for i in indices:
+            try:
+                with Image.open(self.files[i]) as image:
+                    images.append(center_crop(image, self.resolution))
+            except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+                raise ValueError(f"cannot read image {self.files[i]}: {error}. Repair or remove it") from None
+        return torch.stack(images), torch.tensor([self.labels[i] for i in indices])
+
+
+class Shapes:
+    """The data of the `tiny` world: ten kinds of shapes, drawn on demand, each image a function of its index alone.
+
+    Position, size, rotation, colours, and a gradient on background and shape vary; the label is the shape. Images
+    0..length-1 are for training; indices beyond are never trained on and serve as held-out data.
+    """
+
+    classes = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "heart", "moon", "arrow"]
+
+    def __init__(self, resolution=32, length=50_000, first=0):
+        self.resolution, self.length, self.first = resolution, length, first
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        images, labels, _ = self.draw(indices)
+        return images, labels
+
+    def draw(self, indices):
+        """Indices -> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
+        B, R = len(indices), self.resolution
+        # uniform numbers u [B, 16], a hash of (index, column): splitmix64
+        first = np.asarray(indices, np.uint64) + np.uint64(self.first)
+        n = first[:, None] * np.uint64(16) + np.arange(16, dtype=np.uint64)
+        n = (n + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        n = (n ^ (n >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        n = (n ^ (n >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        u = torch.from_numpy(((n ^ (n >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53).float()
+        label = (u[:, 0] * 10).long()
+
+        # pixel coordinates in the frame of the shape, whose "radius" is 1: X, Y [B, R, R]
+        size = 0.5 + 0.3 * u[:, 1]                                  # half-width in units of half an image
+        shift = (u[:, 2:4] - 0.5) * 2 * (1 - size)[:, None]         # the shape stays inside the image
+        angle = (u[:, 4] - 0.5) * 0.7                               # +-20 degrees
+        grid = (torch.arange(R) + 0.5) / R * 2 - 1
+        gx, gy = grid[None, None, :], grid[None, :, None]
+        dx, dy = (gx - shift[:, 0, None, None]), (gy - shift[:, 1, None, None])
+        cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+        scale = size[:, None, None]
+        X, Y = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale
+
+        # signed distance to the shape's edge, negative inside: [B, R, R], in units of the radius
+        distance = self.distances(X, Y).gather(0, label[None, :, None, None].expand(1, B, R, R))[0]
+        mask = (0.5 - distance * scale * R / 2).clamp(0, 1)         # anti-aliased over one pixel
+
+        # colours: a background gradient, and a shape whose colour stands out from it, shaded the other way
+        base, hue = u[:, 5:8] * 0.8 + 0.1, u[:, 8:11] * 0.8 + 0.1
+        far = torch.where(base > 0.5, base - 0.45, base + 0.45)
+        colour = torch.where((hue - base).abs().amax(1, keepdim=True) > 0.4, hue, far)
+        slope = ((u[:, 11:14] - 0.5) * 0.6)[:, :, None, None]
+        direction = u[:, 14, None, None] * 2 * math.pi
+        along = (direction.cos() * gx + direction.sin() * gy)[:, None]                  # [B, 1, R, R], about -1 to 1
+        back, front = base[:, :, None, None] + slope * along, colour[:, :, None, None] - slope * along / 2
+        image = back + mask[:, None] * (front - back)
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, mask
+
+    @staticmethod
+    def distances(X, Y):
+        """Coordinates -> [10, B, R, R]: signed distances (approximate far from the edge) in the order of .classes."""
+        r, ax = (X * X + Y * Y).sqrt(), X.abs()
+
+        def box(x, y, w, h):
+            return torch.maximum(x.abs() - w, y.abs() - h)
+
+        def polygon(points):
+            """Distance to a closed polygon: the nearest edge, the sign by counting crossings."""
+            nearest, inside = torch.full_like(X, 1e9), torch.zeros_like(X, dtype=torch.bool)
+            for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+                ex, ey, px, py = x1 - x0, y1 - y0, X - x0, Y - y0
+                along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+                nearest = torch.minimum(nearest, ((px - along * ex) ** 2 + (py - along * ey) ** 2).sqrt())
+                if y0 != y1:
+                    inside ^= ((y0 > Y) != (y1 > Y)) & (X < ex * py / ey + x0)
+            return torch.where(inside, -nearest, nearest)
+
+        def spokes(radii, turn=-math.pi / 2):
+            angles = [turn + k * 2 * math.pi / len(radii) for k in range(len(radii))]
+            return [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles)]
+
+        heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55), (0.9, -0.1), (0.5, 0.45), (0, 0.95)]
+        heart = heart + [(-x, y) for x, y in heart[-2:0:-1]]
+        arrow = [(0, -1), (0.8, -0.1), (0.33, -0.1), (0.33, 0.95), (-0.33, 0.95), (-0.33, -0.1), (-0.8, -0.1)]
+        return torch.stack([
+            r - 0.9,
+            (r - 0.72).abs() - 0.2,
+            box(X, Y, 0.8, 0.8),
+            box(X, Y, 0.68, 0.68).abs() - 0.18,
+            polygon(spokes([1.05] * 3)),
+            polygon(spokes([1.1, 0.45] * 5)),
+            torch.minimum(box(ax, Y, 0.95, 0.28), box(ax, Y, 0.28, 0.95)),
+            polygon(heart),
+            torch.maximum(r - 0.95, 0.75 - ((X - 0.5) ** 2 + Y * Y).sqrt()),
+            polygon(arrow),
+        ])
+
+
+def open_images(path, resolution):
+    """'tiny' or a folder's path -> a data set (see the head of this section). ValueError says what is wrong with it."""
+    return Shapes(resolution) if path == "tiny" else Folder(path, resolution)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The autoencoder (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G).
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    z_channels: int = 4             # C, channels of the latents
+    ch: int = 128                   # channels of the first level
+    ch_mult: tuple = (1, 2, 4, 4)   # channels of each level, in units of ch; every level but the last halves the side
+    num_res_blocks: int = 2         # per level (one more in the decoder)
+    groups: int = 32                # of every GroupNorm
+    attn_last: bool = False         # self-attention after each block of the last level, not only in the middle
+    quant_conv: bool = True         # 1x1 convs around the latents
+    patch: int = 1                  # > 1: pixel-unshuffle before the encoder, shuffle after the decoder (tiny)
+    sigma: float = 0.0              # > 0: fixed posterior std, only the mean is learnt (LatentLM's sigma-VAE)
+
+    @property
+    def downsampling(self):
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+
+VAES = {
+    "f8d4": VAEConfig(),
+    "f16d32": VAEConfig(z_channels=32, ch_mult=(1, 1, 2, 2, 4), attn_last=True),
+    "f8d16": VAEConfig(z_channels=16, quant_conv=False),
+    "tiny": VAEConfig(z_channels=8, ch=64, ch_mult=(1,), num_res_blocks=1, groups=8, patch=4),
+}
+
+
+class ResBlock(nn.Module):
+    """x [B, c_in, h, w] -> [B, c_out, h, w]: x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Self-attention over the h*w positions, one head of width c."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))    # [B, 1, hw, c]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """[B, c, h, w] -> [B, c, h/2, w/2]: padded on the right and at the bottom only, as in latent-diffusion."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """[B, c, h, w] -> [B, c, 2h, 2w]."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def make_level(c_in, c_out, blocks, groups, attention):
+    """The blocks of one resolution, .block and .attn (empty or as many)."""
+    level = nn.Module()
+    level.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+    level.attn = nn.ModuleList(Attention(c_out, groups) for _ in range(blocks if attention else 0))
+    return level
+
+
+def run_level(level, h):
+    for i, block in enumerate(level.block):
+        h = block(h)
+        if len(level.attn):
+            h = level.attn[i](h)
+    return h
+
+
+def make_middle(c, groups):
+    mid = nn.Module()
+    mid.block_1, mid.attn_1, mid.block_2 = ResBlock(c, c, groups), Attention(c, groups), ResBlock(c, c, groups)
+    return mid
+
+
+class Encoder(nn.Module):
+    """float [B, 3, R, R] -> moments [B, 2C, h, w]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
+        self.patch = cfg.patch
+        self.conv_in = nn.Conv2d(3 * cfg.patch**2, cfg.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip([cfg.ch] + widths, widths)):
+            level = make_level(c_in, c_out, cfg.num_res_blocks, cfg.groups, cfg.attn_last and i == last)
+            if i < last:
+                level.downsample = Downsample(c_out)
+            self.down.append(level)
+        self.mid = make_middle(widths[-1], cfg.groups)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)     # [B, ch, R/patch, R/patch]
+        for level in self.down:
+            h = run_level(level, h)
+            h = level.downsample(h) if hasattr(level, "downsample") else h              # side halves, but at the last
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))                      # [B, ch * ch_mult[-1], h, w]
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """latents [B, C, h, w] -> float [B, 3, R, R]."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
+        self.patch = cfg.patch
+        self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
+        self.mid = make_middle(widths[-1], cfg.groups)
+        self.up = nn.ModuleList()                                                       # up[i]: same side as down[i]
+        for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
+            level = make_level(c_in, c_out, cfg.num_res_blocks + 1, cfg.groups, cfg.attn_last and i == last)
+            if i > 0:
+                level.upsample = Upsample(c_out)
+            self.up.append(level)
+        self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch**2, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(self.up):
+            h = run_level(level, h)
+            h = level.upsample(h) if hasattr(level, "upsample") else h                  # side doubles, but at the first
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+
+class VAE(nn.Module):
+    """AutoencoderKL. forward(x, noise) is one training pass; encode, sample and decode are its parts."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, C = cfg, cfg.z_channels
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        if cfg.quant_conv:
+            self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * C, 2 * C, 1), nn.Conv2d(C, C, 1)
+        self.initialise()
+
+    def initialise(self):
+        """For a VAE from scratch: convs keep the variance, blocks start as shortcuts, the posterior's std at exp(-2).
+
+        So pixels come through the latents' noise from the first step; PyTorch's init shrinks the signal in each conv.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, (ResBlock, Attention)):
+                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+        moments = self.quant_conv if self.cfg.quant_conv else self.encoder.conv_out
+        with torch.no_grad():
+            moments.weight[self.cfg.z_channels :] *= 0.1
+            moments.bias[self.cfg.z_channels :] = -4.0
+
+    def encode(self, x):
+        """float [B, 3, R, R] in [-1, 1] -> posterior mean, logvar, float32 [B, C, h, w]. The mean is also its mode."""
+        h = self.encoder(x)
+        h = self.quant_conv(h) if self.cfg.quant_conv else h
+        mean, logvar = h.float().chunk(2, dim=1)
+        if self.cfg.sigma > 0:
+            logvar = torch.full_like(mean, 2 * math.log(self.cfg.sigma))
+        return mean, logvar.clamp(-30, 20)
+
+    @staticmethod
+    def sample(mean, logvar, noise):
+        """z = mean + std * noise, [B, C, h, w]."""
+        return mean + (0.5 * logvar).exp() * noise
+
+    def decode(self, z):
+        """latents [B, C, h, w] -> float [B, 3, R, R], about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z) if self.cfg.quant_conv else z)
+
+    def forward(self, x, noise):
+        """float x, noise [B, C, h, w] -> z, reconstruction, mean, logvar."""
+        mean, logvar = self.encode(x)
+        z = self.sample(mean, logvar, noise)
+        return z, self.decode(z).float(), mean, logvar
+
+
+class Discriminator(nn.Module):
+    """PatchGAN with three strided layers (Isola et al., pix2pix): float [B, 3, R, R] -> logits, one per patch."""
+
+    def __init__(self, ch=64):
+        super().__init__()
+
+        def layer(c_in, c_out, stride):
+            conv, norm = nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out)
+            nn.init.normal_(norm.weight, 1.0, 0.02)
+            return conv, norm, nn.LeakyReLU(0.2)
+
+        self.main = nn.Sequential(
+            nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
+            *layer(ch, 2 * ch, 2), *layer(2 * ch, 4 * ch, 2), *layer(4 * ch, 8 * ch, 1),
+            nn.Conv2d(8 * ch, 1, 4, 1, 1))
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, x):
+        return self.main(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of the VAE and of the discriminator. All in float32.
+
+
+def kl_divergence(mean, logvar):
+    """KL(N(mean, exp(logvar)) || N(0, 1)): summed over the latents' dimensions, averaged over the batch."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+def reconstruction_loss(x, rec, kind="l1"):
+    """Mean absolute ("l1", the released configuration) or squared ("l2", the paper's text) error, pixels in [-1, 1]."""
+    return F.l1_loss(rec.float(), x) if kind == "l1" else F.mse_loss(rec.float(), x)
+
+
+def generator_loss(fake_logits):
+    """The VAE's side of the hinge GAN: - mean D(rec)."""
+    return -fake_logits.float().mean()
+
+
+def discriminator_loss(real_logits, fake_logits):
+    """Hinge: 1/2 mean relu(1 - D(x)) + 1/2 mean relu(1 + D(rec))."""
+    return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def adaptive_gan_weight(nll, gan, last_layer):
+    """LDM's balance of the two gradients at the decoder's last layer: |d nll| / |d gan|, at most 1e4, no gradient."""
+    d_nll, = torch.autograd.grad(nll, last_layer, retain_graph=True)
+    d_gan, = torch.autograd.grad(gan, last_layer, retain_graph=True)
+    return (d_nll.float().norm() / (d_gan.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+class Perceptual(nn.Module):
+    """LPIPS (Zhang et al. 2018) on VGG16 features, frozen: x, rec float in [-1, 1] -> scalar.
+
+    legacy_range feeds 2x - 1 of images that are already in [-1, 1], as the authors' first release did.
+    """
+
+    def __init__(self, legacy_range=False):
+        super().__init__()
+        import lpips  # here, because `tiny` runs and most tests need neither it nor its scipy
+        target = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+        try:
+            self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"LPIPS could not get VGG16's weights ({first_line(error)}): put torchvision's "
+                             f"vgg16-397923af.pth at {target}, or switch the loss off with --lpips=0") from None
+        self.legacy_range = legacy_range
+
+    def train(self, mode=True):
+        return super().train(False)  # the package's dropout never runs
+
+    def features(self, x):
+        """Five VGG feature maps, each position scaled to unit length (no NaN gradient where a position is all zero)."""
+        maps = self.net.net(self.net.scaling_layer(2 * x - 1 if self.legacy_range else x))
+        return [f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt() for f in maps]
+
+    def forward(self, x, rec):
+        with torch.no_grad():
+            target = self.features(x)
+        # sum over the five maps of the weighted squared difference, averaged over positions and images
+        return sum(lin(F.mse_loss(f, g, reduction="none")).mean()
+                   for lin, f, g in zip(self.net.lins, self.features(rec.float()), target))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading. Everything is read with weights_only=True: nothing in a file is ever executed.
+
+HUB = "https://huggingface.co/REPA-E/{name}/resolve/main/{name}-{kind}{suffix}.pt"
+PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # name -> preset
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_weights(path):
+    """A .pt file -> its content (tensors, numbers, dicts). ValueError in one line if it isn't such a file."""
+    import argparse
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no file at {path}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is no file of weights (or holds more than weights, which is never loaded)") from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from None
+
+
+def load_strict(module, state, what):
+    """load_state_dict that names the first missing, unexpected and misshapen keys in one line."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in own.items()
+             if k in state and state[k].shape != v.shape]
+    problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for kind, keys in (("missing", missing), ("unexpected", extra), ("misshapen", wrong)) if keys]
+    if problems:
+        raise ValueError(f"{what} does not fit: {'; '.join(problems)}")
+    module.load_state_dict(state)
+    return module
+
+
+def find_checkpoint(path):
+    """A checkpoint's path, or a run's folder -> the path of its newest checkpoint."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    steps = [p for p in path.iterdir() if re.fullmatch(r"step_\d{7,}\.pt", p.name)]
+    if not steps:
+        raise ValueError(f"{path} holds no checkpoint (step_0000000.pt): name a run's folder or a file")
+    return max(steps, key=lambda p: int(p.stem[5:]))
+
+
+def guess_config(state):
+    """The architecture of a VAE with latent-diffusion's names, read off its shapes (GroupNorm: 32 groups)."""
+    try:
+        ch, levels = state["encoder.conv_in.weight"].shape[0], 0
+        while f"encoder.down.{levels}.block.0.conv1.weight" in state:
+            levels += 1
+        blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in state)
+        mult = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels))
+        return VAEConfig(state["decoder.conv_in.weight"].shape[1], ch, mult, blocks,
+                         attn_last=f"encoder.down.{levels - 1}.attn.0.q.weight" in state,
+                         quant_conv="quant_conv.weight" in state)
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"no VAE with latent-diffusion's names: {first_line(error)}") from None
+
+
+def config_from_dict(cls, values):
+    """A dataclass from a checkpoint's dict (lists back to tuples, unknown keys refused)."""
+    unknown = set(values) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: written by a newer version?")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def load_vae(name):
+    """A VAE by name or path -> (vae, stats, disc).
+
+    `name` is one of: `sdvae`, `invae`, `vavae` (the authors' start weights, downloaded once to torch.hub's cache);
+    a preset of VAES (random weights: a VAE from scratch); a .pt file with latent-diffusion's names, beside which
+    `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` are looked for; one of our checkpoints, or a run's
+    folder (the newest one in it).
+    stats: None or (mean, var), [C] each, the latents' statistics. disc: None or the discriminator's state dict.
+    """
+    if name in VAES:
+        return VAE(VAES[name]), None, None
+    path = Path(name) if name not in PUBLISHED else download(name)
+    path = find_checkpoint(path)
+    file = read_weights(path)
+    if not isinstance(file, dict):
+        raise ValueError(f"{path} holds a {type(file).__name__}, not a VAE's weights")
+    if {"vae", "vae_config"} <= file.keys():                            # one of our checkpoints
+        config = config_from_dict(VAEConfig, file["vae_config"])
+        vae = load_strict(VAE(config), file.get("vae_ema") or file["vae"], str(path))
+        ema = file.get("ema") or {}
+        stats = (ema["bn.running_mean"], ema["bn.running_var"]) if "bn.running_mean" in ema else None
+        return vae, stats, file.get("discriminator")
+    state = file.get("state_dict", file)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: its state_dict is a {type(state).__name__}, not a VAE's weights")
+    vae = load_strict(VAE(guess_config(state)), state, str(path))
+    stem, stats, disc = str(path).removesuffix(".pt"), None, None
+    if os.path.exists(f"{stem}-latents-stats.pt"):
+        saved = read_weights(f"{stem}-latents-stats.pt")                # scale = 1 / std, bias = mean, [1, C, 1, 1]
+        if not isinstance(saved, dict) or not {"latents_scale", "latents_bias"} <= saved.keys():
+            raise ValueError(f"{stem}-latents-stats.pt lacks latents_scale and latents_bias")
+        stats = saved["latents_bias"].flatten().float(), saved["latents_scale"].flatten().double().pow(-2).float()
+        if stats[0].numel() != vae.cfg.z_channels or stats[1].numel() != vae.cfg.z_channels:
+            raise ValueError(f"{stem}-latents-stats.pt has {stats[0].numel()} channels, the VAE {vae.cfg.z_channels}")
+    if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
+        disc = read_weights(f"{stem}-discriminator-ckpt.pt")
+    return vae, stats, disc
+
+
+def download(name):
+    """The authors' three files of a VAE -> the local path of its weights, in torch.hub's cache."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("-latents-stats", "-discriminator-ckpt", ""):
+        url = HUB.format(name=name, kind=PUBLISHED[name], suffix=suffix)
+        target = folder / url.split("/")[-1]
+        if not target.exists():
+            try:
+                torch.hub.download_url_to_file(url, str(target))
+            except OSError as error:
+                raise ValueError(f"cannot download {url} ({error}): put that file at {target}, "
+                                 "or give --vae the path of a VAE") from None
+    return target

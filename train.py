@@ -123,9 +123,9 @@ PRESETS = {     # gFID at 400k steps without / with guidance, as published
     "vae": dict(sit="none", teacher="none", vae="f8d4", gan=0.5, gan_adaptive=True, gan_start=50_000, out="runs/vae"),
     "tiny": dict(
         out="runs/tiny", data="tiny", resolution=32, vae="tiny", sit="6-192-3/2", teacher="tiny", align_depth=3,
-        projector_width=256, lpips=0.0, gan=0.02, repa_vae=0.5, disc_ch=16, first_stage=1000, steps=2000, batch=32,
-        lr_sit=1e-3, lr_vae=6e-4, lr_disc=2e-4, ema=0.995, vae_ema=0.99, log_every=50, preview_every=500,
-        preview_guidance=2.0, save_every=500, keep_every=10**9),
+        projector_width=256, weighting="lognormal", lpips=0.0, gan=0.005, repa_vae=0.5, disc_ch=16, first_stage=500,
+        steps=2200, batch=32, lr_sit=2e-3, lr_vae=6e-4, lr_disc=2e-4, ema=0.995, vae_ema=0.99, log_every=50,
+        preview_every=500, preview_guidance=3.0, save_every=500, keep_every=10**9),
 }
 
 
@@ -200,8 +200,8 @@ def check(cfg, world, vae_config=None):
                     bad.append(str(error))
     elif vae_config and cfg.resolution % vae_config.downsampling:
         bad.append(f"--resolution={cfg.resolution} is no multiple of the VAE's {vae_config.downsampling}")
-    if cfg.sigma and cfg.vae not in VAES:
-        bad.append(f"--sigma is for a VAE from scratch ({', '.join(VAES)}): --vae={cfg.vae} has learnt its posterior")
+    if cfg.sigma and (cfg.init or cfg.vae not in VAES):
+        bad.append(f"--sigma is for a VAE from scratch ({', '.join(VAES)}): {cfg.init or cfg.vae} has learnt its own")
     return bad
 
 
@@ -231,7 +231,7 @@ class Order(torch.utils.data.Sampler):
                 yield rows[i : i + self.cfg.micro_batch]
 
 
-def batches_of(data, cfg, rank, world, device, first_step, stream="epoch"):
+def batches_of(data, cfg, rank, world, device, first_step, stream):
     """Endless micro-batches (uint8 [b, 3, R, R], labels [b]) on the device, from first_step on."""
     workers = cfg.workers if hasattr(data, "files") else 0
     loader = torch.utils.data.DataLoader(
@@ -541,6 +541,9 @@ def run(cfg, rank, world, device):
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
+    def stream(name, first_step=0):
+        return batches_of(data, cfg, rank, world, device, first_step, name)
+
     # what is trained, each with its own AdamW. EMA copies are taken before anything is compiled
     if not cfg.train_vae:
         vae.requires_grad_(False)
@@ -550,11 +553,9 @@ def run(cfg, rank, world, device):
     opt_keys = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc"}                         # the authors' names
     disc_train = wrap(disc)
     if needs_warmup and cfg.disc_warmup:
-        some = batches_of(data, cfg, rank, world, device, 0, "warm-up")
-        warm_up_discriminator(disc, disc_train, opts["disc"], vae, some, cfg, rank, device, accumulate)
+        warm_up_discriminator(disc, disc_train, opts["disc"], vae, stream("warm-up"), cfg, rank, device, accumulate)
     if needs_statistics:
-        some = batches_of(data, cfg, rank, world, device, 0, "statistics")
-        measure_statistics(sit, vae, some, cfg, rank, world, latent, device)
+        measure_statistics(sit, vae, stream("statistics"), cfg, rank, world, latent, device)
     ema = copy.deepcopy(sit).requires_grad_(False) if sit else None
     vae_ema = copy.deepcopy(vae).requires_grad_(False) if cfg.vae_ema and cfg.train_vae else None
     skipped = torch.zeros(2, device=device)                                                 # in all, in a row
@@ -570,11 +571,12 @@ def run(cfg, rank, world, device):
     vae_fast = vae
     if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
         vae_fast = torch.compile(vae, dynamic=False)    # a wrapper: previews use the plain one, at any batch size
+        torch._functorch.config.donated_buffer = not cfg.gan_adaptive   # whose two extra backwards keep the graph
         for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual]:
             if module is not None:
                 module.compile(dynamic=False)           # in place: state_dict keeps its names
     vae_train, sit_train = wrap(vae_fast) if cfg.train_vae else vae_fast, wrap(sit)
-    batches = batches_of(data, cfg, rank, world, device, first)
+    batches = stream("epoch", first)
     log = Log(cfg.out, rank, device)
     log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": versions(), "images": len(data)})
 
@@ -601,7 +603,7 @@ def run(cfg, rank, world, device):
         if done:
             break
 
-        # ------------------------------------------------------------------ one step of the paper: recipe, section 3
+        # ---------------------------------------------------------------------------------- one step of the paper
         t_all, eps_all, noise_all, drop_all, flip_all = draws(cfg, step, rank, world, latent, device)
         gan_on, undo_buffers, terms = disc is not None and step >= cfg.gan_start, remember_buffers(disc), {}
         for i in range(accumulate):
@@ -676,7 +678,7 @@ def run(cfg, rank, world, device):
             ema_update(ema, sit, cfg.ema, ok)
         if vae_ema:
             ema_update(vae_ema, vae, cfg.vae_ema, ok)
-        # ------------------------------------------------------------------------------------------- end of the step
+        # -------------------------------------------------------------------------------------- end of the step
 
         skipped = torch.where(ok, skipped * skipped.new_tensor([1, 0]), skipped + 1)
         log.add(ok, terms)
@@ -717,7 +719,7 @@ def preview(cfg, step, vae, ema, data, device):
     if ema:
         classes = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist()
         model, labels = Model(vae, ema, list(data.classes), {}, step), [c for c in classes for _ in range(8)]
-        images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance)
+        images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance, batch=cfg.micro_batch)
         save_png(out / f"samples_{step:07d}.png", grid(images, 8))
     image, _ = data[list(range(0, len(data), max(1, len(data) // 16)))[:16]]
     rec = to_uint8(vae.decode(vae.encode(to_float(image.to(device)))[0])).cpu()

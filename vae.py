@@ -130,9 +130,9 @@ class Shapes:
         label = (u[:, 0] * 10).long()
 
         # pixel coordinates in the frame of the shape, whose "radius" is 1: X, Y [B, R, R]
-        size = 0.5 + 0.3 * u[:, 1]                                  # half-width in units of half an image
-        shift = (u[:, 2:4] - 0.5) * 2 * (1 - size)[:, None]         # the shape stays inside the image
-        angle = (u[:, 4] - 0.5) * 0.7                               # +-20 degrees
+        size = 0.6 + 0.2 * u[:, 1]                                  # half-width in units of half an image
+        shift = (u[:, 2:4] - 0.5) * 1.4 * (1 - size)[:, None]       # the shape stays inside the image
+        angle = (u[:, 4] - 0.5) * 0.4                               # +-11 degrees
         grid = (torch.arange(R) + 0.5) / R * 2 - 1
         gx, gy = grid[None, None, :], grid[None, :, None]
         dx, dy = (gx - shift[:, 0, None, None]), (gy - shift[:, 1, None, None])

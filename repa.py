@@ -131,12 +131,8 @@ class TinyTeacher(nn.Module):
         return self.features(image)[0]
 
 
-def train_tiny_teacher(draw, steps=700, batch=64, seed=0):
-    """draw(indices) -> images, labels, masks (vae.py's Shapes.draw). Returns the teacher and its held-out accuracy."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = TinyTeacher()
-    net = net.to(memory_format=torch.channels_last)
+def train_tiny_teacher(net, draw, steps=700, batch=64):
+    """draw(indices) -> images, labels, masks (vae.py's Shapes.draw). Returns the accuracy on held-out images."""
     opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
     for step in tqdm(range(steps), "training the tiny teacher", leave=False):
@@ -153,26 +149,34 @@ def train_tiny_teacher(draw, steps=700, batch=64, seed=0):
     net.eval()
     with torch.no_grad():
         image, label, _ = draw(range(10**6, 10**6 + 1000))
-        accuracy = (net.classify(net.features(image)[1]).argmax(1) == label).float().mean().item()
-    return net, accuracy
+        return (net.classify(net.features(image)[1]).argmax(1) == label).float().mean().item()
 
 
-def load_tiny_teacher(draw, resolution, **recipe):
-    """The trained teacher, from torch.hub's cache if this recipe was trained before. -> teacher, accuracy."""
-    sheet = draw(range(16))[0].numpy().tobytes()                # other data: another teacher
-    with torch.random.fork_rng(devices=[]):                     # cached or not, the dice of the run stay where they are
-        net = TinyTeacher().to(memory_format=torch.channels_last)
-    key = hashlib.sha256(f"{resolution} {sorted(recipe.items())} {net}".encode() + sheet).hexdigest()[:8]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"tiny-teacher-{key}.pt"
+def trained_once(kind, net, draw, train, *recipe):
+    """net, with the weights that train(net) -> extra gives it, from torch.hub's cache if they are there already.
+
+    Returns the net in eval mode and what train returned. The dice of the run stay where they are.
+    """
+    sheet = draw(range(16))[0].numpy().tobytes()                                    # other data: another file
+    key = hashlib.sha256(f"{recipe} {net}".encode() + sheet).hexdigest()[:8]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{kind}-{key}.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
         net.load_state_dict(saved["net"])
-        return net.eval(), saved["accuracy"]
-    net, accuracy = train_tiny_teacher(draw, **recipe)
+        return net.eval(), saved["extra"]
+    extra = train(net)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"net": net.state_dict(), "accuracy": accuracy}, f"{path}.tmp")
+    torch.save({"net": net.state_dict(), "extra": extra}, f"{path}.tmp")
     Path(f"{path}.tmp").replace(path)
-    return net, accuracy
+    return net.eval(), extra
+
+
+def load_tiny_teacher(draw, seed=0):
+    """-> the teacher, trained or from the cache, and its accuracy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = TinyTeacher().to(memory_format=torch.channels_last)
+    return trained_once("tiny-teacher", net, draw, lambda net: train_tiny_teacher(net, draw), seed)
 
 
 def load_teacher(name, resolution, repo="", weights="", draw=None):
@@ -186,7 +190,7 @@ def load_teacher(name, resolution, repo="", weights="", draw=None):
     if draw is None:
         raise ValueError("--teacher=tiny is trained on the tiny data: use --data=tiny, or another teacher "
                          f"({', '.join(TEACHERS[1:])})")
-    return load_tiny_teacher(draw, resolution)[0].eval().requires_grad_(False)
+    return load_tiny_teacher(draw)[0].requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,11 +210,11 @@ def neighbours(x, k):
 
 
 def cknna(a, b, k=10):
-    """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features [N, D], [N, d] of the same
-    N images -> 1 for the same neighbourhoods, about 0 for unrelated ones.
+    """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features [N, D], [N, d] of the
+    same N images -> 1 for the same neighbourhoods, about 0 for unrelated ones.
 
-        K_ij = a_i . a_j,  L_ij = b_i . b_j     of features of unit length, where j is one of the k nearest of i both in a
-                                                and in b, else 0
+        K_ij = a_i . a_j,  L_ij = b_i . b_j     of features of unit length, where j is one of the k nearest of i both
+                                                in a and in b, else 0
         CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))        with the unbiased HSIC (Song et al. 2012, equation 5)
 
     No N x N matrix is kept: N k entries at most are not 0. (Huh et al.'s code also adds 1e-6 to the
@@ -218,7 +222,7 @@ def cknna(a, b, k=10):
     """
     n = len(a)
     if len(b) != n or n <= max(k, 3):
-        raise ValueError(f"CKNNA with k = {k} needs the same {max(k, 3) + 1} or more images twice, got {n} and {len(b)}")
+        raise ValueError(f"CKNNA with k = {k} needs {max(k, 3) + 1} images or more, twice the same: {n} and {len(b)}")
     a, b = (neighbours(F.normalize(x.float(), dim=1), k) for x in (a, b))
 
     def hsic(p, q):

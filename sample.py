@@ -19,6 +19,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -43,8 +44,8 @@ def start():
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU of its own: "
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            raise ValueError("more processes than GPUs on this machine: "
                              f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -143,27 +144,39 @@ def cast(key, text, kind):
         raise ValueError(f"--{key}={text}: expected {expected}") from None
 
 
+def first_to_fail():
+    """One message for all processes: True on the first one that asks (without a process group: on rank 0)."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:                # the process that holds the store is gone
+        return True
+
+
 def friendly(main):
     """Runs main(argv); a user's mistake (ValueError, OSError) ends in one line and exit code 2 (TRACEBACK=1: all)."""
     @functools.wraps(main)
     def run():
         try:
             main(sys.argv[1:])
-        except (ValueError, OSError) as error:
-            if os.environ.get("TRACEBACK"):
-                raise
-            # an error of a data worker carries its traceback in the text: the last line says what happened
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            rank, ours = os.environ.get("RANK", "0"), os.environ.get("RANK", "0") == "0"
-            if dist.is_initialized():           # one message for all processes: that of the first one to fail
-                ours = dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-            if ours:
-                where = f" (process {rank})" if rank != "0" else ""
-                print(f"error{where}: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr)
-            sys.exit(2)
-        finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        except Exception as error:
+            code = 2 if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else 1
+            if code == 1 or os.environ.get("TRACEBACK"):
+                traceback.print_exc()
+            elif first_to_fail():
+                # an error of a data worker carries its traceback in the text: the last line says what happened
+                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                hint = ": lower --micro_batch or --batch" * isinstance(error, torch.OutOfMemoryError)
+                where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+                print(f"error{where}: {lines[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if dist.is_initialized():
+                os._exit(code)      # at once: the others may wait in a collective; torchrun ends them when this is gone
+            sys.exit(code)
     return run
 
 

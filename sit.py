@@ -220,7 +220,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         k = torch.arange(self.half, device=t.device, dtype=torch.float32)
         angle = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+        with torch.autocast(t.device.type, enabled=False):      # bfloat16 would merge neighbouring t
+            return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
 
 class LabelEmbedder(nn.Module):

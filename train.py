@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import time
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -139,7 +140,8 @@ def architecture(cfg):
 def check(cfg, world, vae_config=None):
     """All that is wrong with the settings, each in one line that says what to do."""
     bad, joint = [], cfg.train_vae and cfg.sit != "none"
-    vae_config = vae_config or VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))       # of a file it is known once that is read
+    if vae_config is None and not cfg.init:             # of a file it is known once that is read
+        vae_config = VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))
     for name in ("steps", "batch", "micro_batch", "resolution", "log_every", "preview_every", "save_every", "keep",
                  "keep_every", "preview_steps", "lr_sit", "lr_vae", "lr_disc", "clip", "disc_ch", "projector_width"):
         if getattr(cfg, name) <= 0:
@@ -397,8 +399,10 @@ def load_pair(cfg, rank):
     if not steps:
         return None
     path = Path(cfg.out) / f"step_{steps[-1]:07d}.pt"
-    plays, resumes = read_weights(path), read_weights(path.with_suffix(".resume.pt"))
+    plays, resumes = (read_weights(p, mmap=True) for p in (path, path.with_suffix(".resume.pt")))
     old, new = plays["config"], asdict(cfg)
+    if cfg.train_vae and cfg.gan and "opt_disc" not in resumes:
+        raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init={path}")
     wrong = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in FIXED if old.get(key) != new[key]]
     if wrong:
         raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use those, or another --out")
@@ -427,7 +431,7 @@ def build(cfg, data, pair, device):
     else:
         vae, disc_state = VAE(config_from_dict(VAEConfig, pair[0]["vae_config"])), pair[0].get("discriminator")
         load_strict(vae, pair[0]["vae"], "the checkpoint's vae")
-    problems = check(cfg, 1, vae.cfg)
+    problems = check(cfg, dist.get_world_size() if dist.is_initialized() else 1, vae.cfg)
     if problems:
         raise ValueError(problems[0])
 
@@ -529,6 +533,8 @@ def run(cfg, rank, world, device):
     data = open_images(cfg.data, cfg.resolution)
     pair = load_pair(cfg, rank)
     first = pair[0]["steps"] if pair else 0
+    if all_mean(torch.tensor(float(first), device=device)).item() != first:
+        raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
     vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, device)
     latent = (vae.cfg.z_channels, *[cfg.resolution // vae.cfg.downsampling] * 2)            # C, h, w
     share = cfg.batch // world
@@ -538,6 +544,7 @@ def run(cfg, rank, world, device):
     def wrap(network):
         if network is None or world == 1:
             return network
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")      # older versions lack its newer name
         return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
                                        broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -562,6 +569,7 @@ def run(cfg, rank, world, device):
     if pair:
         for name, opt in opts.items():
             opt.load_state_dict(pair[1][opt_keys[name]])
+            opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}")      # a changed rate holds from here on
         for average, key in ((ema, "ema"), (vae_ema, "vae_ema")):
             if average is not None:
                 load_strict(average, pair[0].get(key) or pair[0]["vae"], f"the checkpoint's {key}")
@@ -572,7 +580,7 @@ def run(cfg, rank, world, device):
     if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
         vae_fast = torch.compile(vae, dynamic=False)    # a wrapper: previews use the plain one, at any batch size
         torch._functorch.config.donated_buffer = not cfg.gan_adaptive   # whose two extra backwards keep the graph
-        for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual]:
+        for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual, None if cfg.train_vae else vae.encoder]:
             if module is not None:
                 module.compile(dynamic=False)           # in place: state_dict keeps its names
     vae_train, sit_train = wrap(vae_fast) if cfg.train_vae else vae_fast, wrap(sit)
@@ -600,6 +608,8 @@ def run(cfg, rank, world, device):
                     plays["discriminator"] = disc.state_dict()
                 resumes |= {opt_keys[name]: opt.state_dict() for name, opt in opts.items()}
                 save(cfg, step, plays, resumes)
+            if world > 1:
+                dist.barrier()                          # nobody looks for the files before they are there
         if done:
             break
 
@@ -680,7 +690,7 @@ def run(cfg, rank, world, device):
             ema_update(vae_ema, vae, cfg.vae_ema, ok)
         # -------------------------------------------------------------------------------------- end of the step
 
-        skipped = torch.where(ok, skipped * skipped.new_tensor([1, 0]), skipped + 1)
+        skipped = torch.stack([skipped[0] + ~ok, torch.where(ok, 0.0, skipped[1] + 1)])
         log.add(ok, terms)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             log.flush(step + 1, cfg, skipped)
@@ -745,14 +755,14 @@ def main(argv):
         (Path(cfg.out) / f".writable-{rank}").unlink()
     except OSError as error:
         raise ValueError(f"cannot write to --out={cfg.out} ({error.strerror}): name another folder") from None
-    if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES:
+    if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES and not cfg.init:
         # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half
         stage = replace(cfg, out=f"{cfg.out}/first-stage", sit="none", teacher="none", steps=cfg.first_stage,
                         first_stage=0, gan_start=cfg.first_stage // 2, train_vae=True, stop_grad=True)
         if not checkpoints(cfg.out):
             Path(stage.out).mkdir(exist_ok=True)
             run(stage, rank, world, device)
-        cfg = replace(cfg, vae=stage.out)
+        cfg = replace(cfg, vae=stage.out, sigma=0.0)    # the stage's VAE carries its sigma
     run(cfg, rank, world, device)
     if rank == 0:
         print(f"done: {cfg.out}" + (f". Samples: python sample.py {cfg.out}" if cfg.sit != "none" else ""))

@@ -511,12 +511,12 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_weights(path):
+def read_weights(path, mmap=False):
     """A .pt file -> its content (tensors, numbers, dicts). ValueError in one line if it isn't such a file."""
     import argparse
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise ValueError(f"no file at {path}") from None
     except pickle.UnpicklingError:
@@ -609,6 +609,8 @@ def load_vae(name):
             raise ValueError(f"{stem}-latents-stats.pt has {stats[0].numel()} channels, the VAE {vae.cfg.z_channels}")
     if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
         disc = read_weights(f"{stem}-discriminator-ckpt.pt")
+        if not isinstance(disc, dict) or "main.0.weight" not in disc:
+            raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
     return vae, stats, disc
 
 

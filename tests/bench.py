@@ -4,8 +4,8 @@
     python tests/bench.py --preset=sdvae --batch=32 --compile=1         # random weights of the true shapes, no download
 
 Any option of train.py can be given. The parts are train.py's own calls in its order, with the device drained between
-them; the whole step is also timed without that, as the loop runs it. The DINOv2 and the VGG16 here are random networks of
-the true shape (timm's and lpips').
+them; the whole step is also timed without that, as the loop runs it. The DINOv2 and the VGG16 here are random networks
+of the true shape (timm's and lpips').
 """
 import sys
 import time
@@ -58,7 +58,8 @@ def bench(cfg, device, steps):
     vae = VAE(VAES[PUBLISHED.get(cfg.vae, cfg.vae)])
     side = cfg.resolution // vae.cfg.downsampling
     dims = (teacher_shape(cfg.teacher, cfg.resolution)[1],) if cfg.repa_sit else ()
-    sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, side, 1000, dims, align_depth, cfg.projector_width))
+    sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, side, 1000, dims, align_depth,
+                        cfg.projector_width))
     disc, teacher = Discriminator(cfg.disc_ch), random_teacher(cfg).requires_grad_(False)
     perceptual = random_perceptual().requires_grad_(False).to(device) if cfg.lpips else None
     for net in (vae, sit, disc, teacher):
@@ -97,7 +98,8 @@ def bench(cfg, device, steps):
                 z, rec, mean, logvar = vae_fast(x, noise)
             with part("VAE losses"):
                 loss = reconstruction_loss(x, rec, cfg.recon_loss) + cfg.kl * kl_divergence(mean, logvar)
-                loss = loss + (cfg.lpips * perceptual(x, rec) if perceptual else 0) + cfg.gan * generator_loss(disc(rec))
+                loss = loss + (cfg.lpips * perceptual(x, rec) if perceptual else 0)
+                loss = loss + cfg.gan * generator_loss(disc(rec))
             with part("alignment pass"):
                 z_t, _ = interpolate(sit.bn(z), eps, t, cfg.path)
                 with autocast(device):

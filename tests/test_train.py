@@ -27,8 +27,8 @@ from train import PRESETS, Config, check, frozen
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 # the whole joint step, small: random VAE, SiT of 2 blocks, a teacher trained for a few steps, GAN on
-SMALL = ["--preset=tiny", "--sit=2-32-2/2", "--align_depth=1", "--batch=8", "--first_stage=0", "--steps=6", "--log_every=3",
-         "--preview_every=1000", "--save_every=3", "--preview_steps=2", "--disc_ch=8", "--projector_width=32"]
+SMALL = ("--preset=tiny --sit=2-32-2/2 --align_depth=1 --batch=8 --first_stage=0 --steps=6 --log_every=3 "
+         "--save_every=3 --preview_every=1000 --preview_steps=2 --disc_ch=8 --projector_width=32 --vae_ema=0").split()
 
 
 def config(out, *extra):
@@ -40,8 +40,8 @@ def quick_teacher(tmp_path_factory):
     """A tiny teacher of three training steps, in a torch.hub cache of the tests' own, found there by every run."""
     os.environ["TORCH_HOME"] = str(tmp_path_factory.mktemp("torch"))
     train_it = repa.train_tiny_teacher
-    repa.train_tiny_teacher = lambda draw: train_it(draw, steps=3)
-    repa.load_tiny_teacher(V.Shapes().draw, 32)
+    repa.train_tiny_teacher = lambda net, draw: train_it(net, draw, steps=3)
+    repa.load_tiny_teacher(V.Shapes().draw)
     repa.train_tiny_teacher = train_it
 
 
@@ -140,7 +140,7 @@ def test_routing_of_the_three_losses(monkeypatch, tmp_path):
 
 
 def test_alignment_reaches_the_encoder(monkeypatch, tmp_path):
-    """With every other term off, the encoder still gets a gradient, from the alignment alone; the decoder gets zeros."""
+    """With every other term off, the encoder still gets a gradient, from the alignment alone; the decoder none."""
     monkeypatch.setattr(train, "reconstruction_loss", lambda x, rec, kind: 0.0 * rec.sum())
     grads = {}
     real = torch.nn.utils.clip_grad_norm_
@@ -163,7 +163,7 @@ def test_naive_ablation_sends_the_diffusion_loss_into_the_vae(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("extra, expected", [
     (("--train_vae=0", "--latent_norm=fixed"), [{"sit"}]),                                          # REPA
-    (("--train_vae=0", "--latent_norm=fixed", "--repa_sit=0", "--repa_vae=0", "--teacher=none"), [{"sit"}]),   # plain SiT
+    (("--train_vae=0", "--latent_norm=fixed", "--repa_sit=0", "--repa_vae=0", "--teacher=none"), [{"sit"}]),    # SiT
     (("--sit=none", "--teacher=none"), [{"vae"}, {"disc"}]),                                        # first stage
 ])
 def test_other_runs_are_the_same_loop(monkeypatch, tmp_path, extra, expected):
@@ -181,14 +181,23 @@ def test_frozen_vae_and_fixed_statistics_stay(tmp_path):
 
 
 def test_both_passes_share_t_and_noise_and_only_one_drops_labels(monkeypatch, tmp_path):
-    """The alignment pass and the SiT pass see one (t, eps); labels are dropped in the second only; bn moves after both."""
-    calls, interpolate = [], train.interpolate
-    monkeypatch.setattr(train, "interpolate", lambda zn, eps, t, path: calls.append((eps, t)) or interpolate(zn, eps, t, path))
-    align, forward, drops = train.SiT.align_only, train.SiT.forward, []
-    monkeypatch.setattr(train.SiT, "align_only", lambda self, z, t, y: drops.append(self.bn.running_mean.clone()) or
-                        align(self, z, t, y))
-    monkeypatch.setattr(train.SiT, "forward", lambda self, z, t, y, drop: drops.append((self.bn.running_mean.clone(), drop)) or
-                        forward(self, z, t, y, drop))
+    """The alignment pass and the SiT pass see one (t, eps); labels drop in the second only; bn moves after both."""
+    calls, drops, interpolate, align, forward = [], [], train.interpolate, train.SiT.align_only, train.SiT.forward
+
+    def spy_interpolate(zn, eps, t, path):
+        calls.append((eps, t))
+        return interpolate(zn, eps, t, path)
+
+    def spy_align(self, z, t, y):
+        drops.append(self.bn.running_mean.clone())
+        return align(self, z, t, y)
+
+    def spy_forward(self, z, t, y, drop):
+        drops.append((self.bn.running_mean.clone(), drop))
+        return forward(self, z, t, y, drop)
+    monkeypatch.setattr(train, "interpolate", spy_interpolate)
+    monkeypatch.setattr(train.SiT, "align_only", spy_align)
+    monkeypatch.setattr(train.SiT, "forward", spy_forward)
     run(config(tmp_path / "a", "--steps=1", "--label_drop=0.5"))
     assert len(calls) == 2 and torch.equal(calls[0][0], calls[1][0]) and torch.equal(calls[0][1], calls[1][1])
     assert torch.equal(drops[0], drops[1][0]) and drops[1][1].any() and not drops[1][1].all()
@@ -204,7 +213,7 @@ def test_frozen_restores_what_it_found():
     assert [p.requires_grad for p in net.parameters()] == [False, False, True, True]
 
 
-# ------------------------------------------------------------------------------------- resume, ranks, accumulation, gate
+# ------------------------------------------------------------------------------------ resume, ranks, accumulation, gate
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -212,7 +221,8 @@ def test_resume_is_bit_exact(tmp_path):
     extra = ("--vae_ema=0.9", "--hflip=1")
     whole = run(config(tmp_path / "whole", *extra))
     for steps in (3, 6):
-        execute(*SMALL, *extra, f"--out={tmp_path / 'parts'}", f"--steps={steps}", env=[("OMP_NUM_THREADS", str(torch.get_num_threads()))])
+        threads = [("OMP_NUM_THREADS", str(torch.get_num_threads()))]
+        execute(*SMALL, *extra, f"--out={tmp_path / 'parts'}", f"--steps={steps}", env=threads)
     for a, b in zip(whole, last_pair(tmp_path / "parts")):
         assert_equal(a, b)
 
@@ -223,7 +233,7 @@ def test_two_ranks_equal_one(tmp_path):
     one = run(config(tmp_path / "one", *extra))
     execute(*SMALL, *extra, f"--out={tmp_path / 'two'}", launcher=torchrun(2))
     two = last_pair(tmp_path / "two")
-    assert_close(one[0], two[0], ("vae", "ema"), 2e-3)      # Adam's first steps are signs: rounding grows to lr-sized steps
+    assert_close(one[0], two[0], ("vae", "ema"), 2e-3)  # Adam's first steps are signs: rounding grows to lr
     a, b = ([json.loads(line) for line in open(tmp_path / n / "metrics.jsonl")][1] for n in ("one", "two"))
     for key in ("vae", "sit", "v", "norm_vae", "norm_sit"):
         assert a[key] == pytest.approx(b[key], rel=1e-4), key
@@ -231,8 +241,9 @@ def test_two_ranks_equal_one(tmp_path):
 
 @pytest.mark.parametrize("extra", [(), ("--stop_grad=0", "--repa_vae=0")])
 def test_two_ranks_stay_replicas(tmp_path, extra):
-    """With GAN and accumulation, and in the naive ablation, both ranks' weights are the same at each save (else: error)."""
-    execute(*SMALL, "--micro_batch=2", "--steps=4", "--save_every=2", *extra, f"--out={tmp_path / 'r'}", launcher=torchrun(2))
+    """With GAN and accumulation, and in the naive ablation, both ranks' weights are equal at each save."""
+    extra = ("--micro_batch=2", "--steps=4", "--save_every=2", *extra)
+    execute(*SMALL, *extra, f"--out={tmp_path / 'r'}", launcher=torchrun(2))
     assert train.checkpoints(tmp_path / "r") == [2, 4]
 
 
@@ -265,9 +276,8 @@ def test_accumulation_commits_the_statistics_of_the_whole_batch(tmp_path, monkey
 def test_non_finite_step_is_skipped_whole(tmp_path, monkeypatch):
     """A NaN in one step leaves weights, statistics, EMA and optimizers as they were; the run goes on and counts it."""
     before = run(config(tmp_path / "run", "--steps=2", "--save_every=1"))
-    real, count = train.reconstruction_loss, []
-    monkeypatch.setattr(train, "reconstruction_loss",
-                        lambda x, rec, kind: real(x, rec, kind) * (float("nan") if not count.append(0) and len(count) == 1 else 1))
+    real, factors = train.reconstruction_loss, iter([float("nan"), 1.0])
+    monkeypatch.setattr(train, "reconstruction_loss", lambda x, rec, kind: real(x, rec, kind) * next(factors))
     after = run(config(tmp_path / "run", "--steps=3", "--save_every=1"))
     assert_equal(before[0], after[0], skip=("config", "steps"))
     assert_equal(before[1], after[1], skip=("steps", "skipped"))
@@ -298,7 +308,7 @@ def test_data_order_is_a_function_of_the_position():
     assert take(0, 1, 3, 8) == whole[24:40]
 
 
-# ------------------------------------------------------------------------------------------------- real data, DINOv2, ends
+# ------------------------------------------------------------------------------------------- real data, DINOv2, starts
 
 
 def make_tree(root):
@@ -329,26 +339,29 @@ def dinov2_vitb14(pretrained=True, **kwargs):
 
 
 def test_real_folder_dinov2_lpips_off(tmp_path):
-    """A joint run on PNG, JPEG, grey, CMYK and RGBA files with workers, DINOv2 from a local hub repo, then sampling by name."""
+    """A joint run on PNG, JPEG, grey, CMYK and RGBA files, workers, DINOv2 from a local hub repo; sampling by name."""
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "hubconf.py").write_text(DINO_STAND_IN)
-    words = ["--preset=tiny", f"--data={make_tree(tmp_path / 'images')}", "--resolution=64", "--vae=tiny", "--sit=2-32-2/4",
-             "--teacher=dinov2_vitb14", f"--teacher_repo={tmp_path / 'hub'}", "--first_stage=0", "--steps=2", "--batch=4",
-             "--workers=2", "--projector_width=32", "--preview_steps=2", f"--out={tmp_path / 'run'}", "--align_depth=1"]
-    execute(*words)
-    assert {"samples_0000002.png", "reconstructions_0000002.png", "metrics.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}
-    done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "run"), "--classes=bee,cat", "--count=3", "--steps=3",
-                           f"--out={tmp_path / 'g.png'}"], cwd=ROOT, capture_output=True, text=True)
+    words = ("--preset=tiny --resolution=64 --sit=2-32-2/4 --align_depth=1 --teacher=dinov2_vitb14 --first_stage=0 "
+             "--steps=2 --batch=4 --workers=2 --projector_width=32 --preview_steps=2").split()
+    execute(*words, f"--data={make_tree(tmp_path / 'images')}", f"--teacher_repo={tmp_path / 'hub'}",
+            f"--out={tmp_path / 'run'}")
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"samples_0000002.png", "reconstructions_0000002.png", "metrics.jsonl"} <= written
+    words = ["--classes=bee,cat", "--count=3", "--steps=3", f"--out={tmp_path / 'g.png'}"]
+    done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "run"), *words], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and Image.open(tmp_path / "g.png").size[0] >= 128, done.stderr
 
 
 def test_vae_and_init_from_a_checkpoint(tmp_path):
-    """--vae=RUN takes the VAE with its latents' statistics and discriminator; --init=RUN also SiT, for other classes."""
+    """--vae=RUN takes VAE, latents' statistics and discriminator; --init=RUN also SiT, for other classes."""
     first, _ = run(config(tmp_path / "a", "--steps=2"))
     vae, stats, disc = V.load_vae(str(tmp_path / "a"))
     assert torch.equal(stats[0], first["ema"]["bn.running_mean"]) and disc.keys() == first["discriminator"].keys()
     assert_equal(vae.state_dict(), first["vae"])
-    second, _ = run(config(tmp_path / "b", f"--vae={tmp_path / 'a'}", "--train_vae=0", "--latent_norm=fixed", "--steps=1"))
+    frozen_vae = ("--train_vae=0", "--latent_norm=fixed", "--steps=1")
+    second, _ = run(config(tmp_path / "b", f"--vae={tmp_path / 'a'}", *frozen_vae))
     assert_equal(second["vae"], first["vae"])
     assert torch.equal(second["ema"]["bn.running_var"], first["ema"]["bn.running_var"])
     make_tree(tmp_path / "images")
@@ -375,28 +388,29 @@ def test_discriminator_warm_up_leaves_the_vae(tmp_path, monkeypatch):
 
 
 def test_first_stage_joins_the_joint_run(tmp_path):
-    """--first_stage trains the VAE alone, then the joint run starts from it, its statistics measured; a rerun adds nothing."""
+    """--first_stage trains the VAE alone; the joint run starts from it, statistics measured; a rerun adds nothing."""
     words = [*SMALL, f"--out={tmp_path / 'r'}", "--first_stage=2", "--steps=2", "--save_every=2"]
     execute(*words)
     stage, joint = last_pair(tmp_path / "r" / "first-stage")[0], last_pair(tmp_path / "r")[0]
     assert "ema" not in stage and joint["config"]["vae"].endswith("first-stage")
-    assert not torch.equal(joint["ema"]["bn.running_var"], torch.ones(4))
+    assert not torch.allclose(joint["ema"]["bn.running_var"], torch.tensor(1.0))
     again = execute(*words)
     assert "resuming" in again.stdout and last_pair(tmp_path / "r")[0]["steps"] == 2
 
 
 def test_compiled_step_equals_eager_and_never_recompiles(tmp_path):
     """The joint step under torch.compile follows the eager one, and steps 2 to 5 compile nothing."""
-    code = ("import sys, torch, train; from torch._dynamo.utils import counters; cfg = train.parse(train.Config, sys.argv[1:], "
-            "train.PRESETS); import pathlib; pathlib.Path(cfg.out).mkdir(); n = []; real = train.draws\n"
+    code = ("import sys, pathlib, torch, train; from torch._dynamo.utils import counters\n"
+            "cfg = train.parse(train.Config, sys.argv[1:], train.PRESETS); pathlib.Path(cfg.out).mkdir()\n"
+            "n, real = [], train.draws\n"
             "def draws(*a):\n    n.append(counters['stats']['unique_graphs']); return real(*a)\n"
             "train.draws = draws; train.run(cfg, 0, 1, torch.device('cpu')); print('graphs', *n)")
-    words = [*SMALL, "--save_every=6"]
-    eager = run(config(tmp_path / "eager", "--save_every=6"))
+    words = [*SMALL, "--save_every=6", "--gan_adaptive=1"]
+    eager = run(config(tmp_path / "eager", *words[-2:]))
     done = subprocess.run([sys.executable, "-c", code, *words, f"--out={tmp_path / 'fast'}", "--compile=1"], cwd=ROOT,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    graphs = [int(n) for n in re.search(r"graphs (.*)", done.stdout)[1].split()][-6:]       # before each of the six steps
+    graphs = [int(n) for n in re.search(r"graphs (.*)", done.stdout)[1].split()][-6:]   # before each of the six steps
     assert graphs[0] == 0 < graphs[1] and len(set(graphs[2:])) == 1, graphs
     fast = last_pair(tmp_path / "fast")
     assert flatten(fast[0]["vae"]).keys() == flatten(eager[0]["vae"]).keys()        # no _orig_mod. in names
@@ -437,8 +451,8 @@ def test_paper_settings_are_the_defaults():
     (["--data=/nowhere", "--vae=f8d4"], "no data folder"),
     (["--preset=tiny", "--first_stage=0", "--vae=/nowhere.pt"], "no file at"),
     (["--preset=tiny", "--out=/proc/x"], "cannot write"),
-    (["--preset=tiny", "--first_stage=0", "--teacher=dinov2_vitb14", "--resolution=64", "--sit=3-32-2/4", "--data=FOLDER",
-      "--teacher_repo=/nowhere"], "--teacher_repo=DIR"),
+    (["--preset=tiny", "--first_stage=0", "--teacher=dinov2_vitb14", "--resolution=64", "--sit=3-32-2/4",
+      "--data=FOLDER", "--teacher_repo=/nowhere"], "--teacher_repo=DIR"),
     (["--preset=tiny,sit", "--first_stage=0", "--train_vae=1", "--lpips=1"], "vgg16-397923af.pth"),
 ])
 def test_mistakes_end_in_one_line_and_code_2(tmp_path, words, message):
@@ -457,7 +471,7 @@ def test_batch_must_divide_over_the_processes():
 
 
 def test_damaged_checkpoint_and_changed_settings_are_refused(tmp_path):
-    """A truncated checkpoint, or a run continued under another architecture, ends in one line; nothing is overwritten."""
+    """A truncated checkpoint, or a run continued under another architecture, ends in one line."""
     run(config(tmp_path / "r", "--steps=3"))
     with pytest.raises(ValueError, match="sit was '2-32-2/2', is '3-32-2/2'"):
         run(config(tmp_path / "r", "--sit=3-32-2/2"))
@@ -469,9 +483,11 @@ def test_damaged_checkpoint_and_changed_settings_are_refused(tmp_path):
 
 def test_replicas_are_compared(tmp_path):
     """Two processes whose weights differ are stopped at the next save, the parameter named."""
-    code = ("import sys, torch, torch.distributed as dist, train; dist.init_process_group('gloo'); n = torch.nn.Linear(2, 2)\n"
+    code = ("import sys, torch, torch.distributed as dist, train\n"
+            "dist.init_process_group('gloo'); n = torch.nn.Linear(2, 2)\n"
             "torch.nn.init.constant_(n.weight, 1.0); torch.nn.init.constant_(n.bias, float(dist.get_rank()))\n"
-            "try: train.check_replicas(2, sit=n)\nexcept RuntimeError as e: sys.stdout.write('[named]' * ('sit.bias' in str(e)))\n"
+            "try: train.check_replicas(2, sit=n)\n"
+            "except RuntimeError as e: sys.stdout.write('[named]' * ('sit.bias' in str(e)))\n"
             "dist.destroy_process_group()")
     script = tmp_path / "differ.py"
     script.write_text(code)

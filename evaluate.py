@@ -1,0 +1,615 @@
+"""How good are the images? Metrics of samples, reconstructions and latents.
+
+    python evaluate.py gen runs/tiny --ref=tiny               # samples on the fly: a table, a JSON by the checkpoint
+    torchrun --nproc_per_node=8 evaluate.py gen runs/repa-e --ref=VIRTUAL_imagenet256_labeled.npz --guidance=1,2.2
+    python evaluate.py gen samples.npz --ref=REF.npz          # or a folder of images
+    python evaluate.py ref imagenet/train --out=REF.npz       # a reference of your own
+    python evaluate.py recon runs/tiny tiny                   # the VAE, on held-out images
+    python evaluate.py align runs/tiny tiny                   # SiT's features and the latents beside the teacher's
+
+Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report; float32 in the network and in
+distances, float64 in statistics. No image is kept; ranks and batches do not change the numbers.
+FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions). sFID: of 7
+channels of an inner 17x17 map. FD-*: of another network. IS: exp of the mean KL(p(class | image) || p(class)).
+Precision: share of samples within the reference's manifold; recall: the reverse. Accuracy: share of samples in which
+the judge sees the class asked for. N images, B in a batch, R their side; D features, means mu [D], sigma [D, D].
+"""
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import inception as tv
+from tqdm import tqdm
+
+import sample
+from repa import DINOv2, cknna, load_teacher, trained_once
+from sample import autocast, cast, choose_label, friendly, grid, load_model, nearest, parse, rank0_first, save_png
+from sit import interpolate
+from vae import (PUBLISHED, Folder, Perceptual, Shapes, find_checkpoint, first_line, load_vae, open_images,
+                 read_weights, to_float, to_uint8)
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content
+
+
+@contextmanager
+def full_float32():
+    """True float32, whatever sampling chose: TF32 keeps 10 bits, and distances, differences of large numbers, fewer."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Inception(tv.Inception3):
+    """The network of 2015-12-05 that defines FID: torchvision's blocks, TensorFlow's poolings, 1008 classes."""
+
+    name, metric, dim, spatial_dim = "inception", "FID", 2048, 17 * 17 * 7
+
+    def __init__(self):
+        super().__init__(1008, aux_logits=False, init_weights=False)
+
+        def pool(branch, args):         # Mixed_7c's maximum is a slip of the original, kept
+            if branch is self.Mixed_7c.branch_pool:
+                return F.max_pool2d(branch.x, 3, stride=1, padding=1)
+            return F.avg_pool2d(branch.x, 3, stride=1, padding=1, count_include_pad=False)      # torchvision counts it
+        for block in self.children():
+            if hasattr(block, "branch_pool"):
+                block.register_forward_pre_hook(lambda block, args: setattr(block.branch_pool, "x", args[0]))
+                block.branch_pool.register_forward_pre_hook(pool)
+
+    @torch.no_grad()
+    @full_float32()
+    def forward(self, images):
+        """uint8 [B, 3, R, R] -> pool features [B, 2048] (FID, IS, precision, recall), spatial [B, 2023] (sFID)."""
+        x = resize_tf1(images.float(), 299)                         # [B, 3, 299, 299] in [0, 255]
+        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+        for name, block in list(self.named_children())[:-3]:        # in order; avgpool, dropout and fc come last
+            x = block(x)
+            if name == "Mixed_6d":  # its first branch is TensorFlow's mixed_6/conv; H, W, C order as in ADM's mu_s
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)   # [B, 17 * 17 * 7]
+        return x.mean((2, 3)), spatial
+
+    @full_float32()
+    def logits(self, pool):
+        """[N, 2048] -> [N, 1008] without the bias, as the Inception Score has always been computed."""
+        return pool @ self.fc.weight.T
+
+
+def resize_tf1(x, size):
+    """[B, C, H, W] -> [B, C, size, size] as TensorFlow 1 did: bilinear between the two neighbours of
+    src = dst * (in / out), without half-pixel centres or antialiasing; M_h x M_w^T with two weights in each row."""
+    def matrix(n):
+        src = torch.arange(size, dtype=torch.float32) * (n / size)  # the ratio is rounded to float32, as in TF
+        low = src.long()
+        high, w = (low + 1).clamp(max=n - 1), (src - low)[:, None]
+        return (F.one_hot(low, n) * (1 - w) + F.one_hot(high, n) * w).to(x)             # [size, n]
+    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
+
+
+def load_inception(path=""):
+    """The network with its weights, from a local file or the internet, on the CPU."""
+    with torch.device("meta"):          # no storage, no initialisation: the file's tensors move in
+        net = Inception()
+    try:
+        state = read_weights(path) if path else torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+        net.load_state_dict(state, assign=True)     # the public files lack BatchNorm's counters, which may be missing
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"no FID Inception in {path or 'the internet'}: {' '.join(str(error).split())[:160]}; "
+                         f"expected the file of {INCEPTION_URL}; offline: --weights=FILE") from None
+    net.eval().requires_grad_(False)
+    for block in net.modules():
+        if isinstance(block, tv.BasicConv2d):   # a frozen BatchNorm is a scale and a shift: into the convolution
+            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+    return net.to(torch.float32, memory_format=torch.channels_last)
+
+
+class Moments:
+    """Mean and covariance of rows that arrive in batches on any number of ranks, and are not kept."""
+
+    def __init__(self, dim, device="cpu"):
+        self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)   # of (1, x) (1, x)^T
+
+    def update(self, rows):
+        """Adds rows [B, D]."""
+        rows = F.pad(rows.double(), (1, 0), value=1)
+        self.sums.addmm_(rows.T, rows)
+
+    def result(self):
+        """-> mu [D], sigma [D, D] (N - 1 in the denominator), float64 on the CPU, the same on all ranks."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        n, mu = sums[0, 0].cpu(), sums[0, 1:].cpu() / sums[0, 0].cpu()
+        return mu, (sums[1:, 1:].cpu() - n * mu.outer(mu)) / (n - 1)
+
+
+def frechet(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr (S1 S2)^1/2. With S = A A^T the last trace is the sum of singular values
+    of A1^T A2: no general matrix root, symmetric, and stable for singular covariances, whose null space is dropped."""
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
+
+    def factor(sigma):
+        values, vectors = torch.linalg.eigh(sigma)                                  # ascending
+        keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps    # the rest is rounding
+        return vectors[:, keep] * values[keep].sqrt()                               # A [D, rank]
+    root = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root)
+
+
+def inception_score(logits, split_size=5000):
+    """Mean over splits of exp(E_x KL(p(y|x) || p(y))). logits [N, classes] in file order. It depends on N."""
+    scores = []
+    for part in logits.split(split_size):
+        log_p = part.double().log_softmax(1)                    # ln p(y|x)
+        log_q = log_p.logsumexp(0) - math.log(len(part))        # ln p(y), finite even where every p underflows to 0
+        scores.append((log_p.exp() * (log_p - log_q)).sum(1).mean().exp())
+    return float(torch.stack(scores).mean())
+
+
+@full_float32()
+def precision_recall(real, fake, k=3):
+    """Precision: share of fake rows inside a ball of real; recall: share of real rows inside a ball of fake. A row's
+    ball reaches to its k-th nearest neighbour in its own set (Kynkaanniemi et al. 2019). real [M, D], fake [N, D]."""
+    real, fake = real - real.mean(0), fake - real.mean(0)     # the same distances of shorter vectors: less cancellation
+
+    def blocks(a, b):           # distances of a few rows of a to all of b at a time
+        return (torch.cdist(rows, b) for rows in a.split(max(1, 2 ** 24 // len(b))))
+
+    def inside(a, b):           # share of a's rows in at least one ball of b; the k + 1 nearest include the row itself
+        radii = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in blocks(b, b)])
+        return torch.cat([(d <= radii).any(1) for d in blocks(a, b)]).double().mean().item()
+    return inside(fake, real), inside(real, fake)
+
+
+def psnr(a, b):
+    """10 log10(255^2 / mean squared error) of uint8 [B, 3, H, W]; infinite for equal images."""
+    return 10 * (255 ** 2 / (a.double() - b.double()).square().mean((1, 2, 3))).log10()
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of uint8 [B, 3, H, W], at least 11x11: Gaussian window of 11x11, sigma
+    1.5, wholly inside the image, biased moments, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2, mean over channels."""
+    g = torch.exp(-(torch.arange(11, dtype=torch.float64, device=a.device) - 5) ** 2 / (2 * 1.5 ** 2))
+    g = (g / g.sum()).expand(3, 1, 1, 11)
+
+    def blur(v):                # E[v] under the window; [B, 3, H, W] -> [B, 3, H - 10, W - 10]
+        return F.conv2d(F.conv2d(v, g, groups=3), g.mT, groups=3)
+    a, b = a.double(), b.double()
+    ma, mb = blur(a), blur(b)
+    va, vb, vab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    s = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return s.mean((1, 2, 3))
+
+
+def monitors(z):
+    """Latents [B, C, h, w] -> [B, 2]: variance over positions, and total variation (the sum of |difference| of
+    horizontal and vertical neighbours), means over channels. 0 where latents collapse; compare equal sizes only."""
+    variation = z.double().diff(dim=2).abs().sum((2, 3)) + z.double().diff(dim=3).abs().sum((2, 3))
+    return torch.stack([z.double().var((2, 3), correction=0), variation]).mean(2).T
+
+
+class ClassToken(nn.Module):
+    """DINOv2 ViT-L/14's class token (Stein et al. 2023): uint8 [B, 3, R, R] -> [B, 1024], None."""
+
+    name, metric, dim, spatial_dim = "dinov2", "FD-DINOv2", 1024, 0
+
+    def __init__(self, repo="", weights=""):
+        super().__init__()
+        # 37 x 37 patches: its own table of positions, which it resamples at run time, as for the published values
+        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)
+
+    def forward(self, images):
+        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
+        x = (x / 255 - self.teacher.mean) / self.teacher.std
+        return self.teacher.net.forward_features(x)["x_norm_clstoken"], None
+
+
+class Judge(nn.Module):
+    """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], None. A classifier of its shapes that shares nothing
+    with the teacher (other layers, seed and images), lest samples be judged by what they were trained to imitate."""
+
+    name, metric, dim, spatial_dim = "tiny", "FD-tiny", 128, 0
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(c_in, c_out, stride):
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.GELU())
+        self.net = nn.Sequential(conv(3, 32, 2), conv(32, 32, 1), conv(32, 64, 2), conv(64, 64, 1), conv(64, 128, 2),
+                                 conv(128, 128, 1))
+        self.head = nn.Linear(self.dim, len(Shapes.classes))
+
+    def forward(self, images):
+        return self.net(to_float(images)).mean((2, 3)), None
+
+
+def train_judge(net, data, steps):
+    """800 steps name 99% of new images rightly."""
+    opt = torch.optim.AdamW(net.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
+    for step in tqdm(range(steps), "training the judge", leave=False):
+        images, labels = data[range(step * 64, (step + 1) * 64)]
+        opt.zero_grad()
+        F.cross_entropy(net.head(net(images)[0]), labels).backward()
+        opt.step()
+        schedule.step()
+
+
+def load_judge(resolution, steps=800):
+    """From torch.hub's cache, or trained for it, about a minute on a CPU."""
+    data = Shapes(resolution, first=5_000_000)                      # used nowhere else
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        net = Judge()
+    net, _ = trained_once("tiny-judge", net, data.draw, lambda net: train_judge(net, data, steps), steps)
+    return net.requires_grad_(False)
+
+
+def load_network(opt, tiny, resolution, device):
+    """The feature network of --features; by default the judge in the tiny world, Inception elsewhere."""
+    name = opt.features or ("tiny" if tiny else "inception")
+    with rank0_first():
+        net = (load_judge(resolution) if name == "tiny" else load_inception(opt.weights) if name == "inception" else
+               ClassToken(opt.repo, opt.weights))
+    return net.to(device)
+
+
+# ----------------- sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B]
+
+HELD_OUT = 9_000_000    # the tiny world's images from here on: nothing is trained on them
+
+
+class Packed:
+    """An .npz in ADM's layout: arr_0 uint8 [N, R, R, 3], read image by image; its other arrays are in .held."""
+
+    def __init__(self, path):
+        shape, dtype = (0, 0, 0, 3), np.uint8
+        try:
+            with np.load(path) as arrays:
+                self.held = {name: arrays[name] for name in arrays if name != "arr_0"}
+                if "arr_0" in arrays:
+                    self.file = zipfile.ZipFile(path).open("arr_0.npy")
+                    np.lib.format.read_magic(self.file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(self.file)
+                    self.start = self.file.tell()
+        except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz ({first_line(error)})") from None
+        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or dtype != np.uint8:
+            raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, R, R, 3]")
+        self.length, self.resolution, self.labels = *shape[:2], self.held.get("arr_1")
+        self.classes = None if self.labels is None else Shapes.classes      # the file doesn't name them
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        size, pixels = 3 * self.resolution ** 2, bytearray()
+        for i in indices:
+            self.file.seek(self.start + i * size)
+            pixels += self.file.read(size)
+        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, self.resolution, self.resolution, 3)
+        labels = np.zeros(len(indices)) if self.labels is None else self.labels[list(indices)]
+        return images.permute(0, 3, 1, 2), torch.as_tensor(labels).long()
+
+
+class Generated:
+    """A model's images, each made when it is asked for; how: the arguments of Model.batch."""
+
+    def __init__(self, model, protocol, how):
+        self.model, self.protocol, self.how, self.classes = model, protocol, how, model.classes
+        self.resolution = model.sit.cfg.size * model.vae.cfg.downsampling
+
+    def __getitem__(self, indices):
+        labels = [choose_label(self.protocol, self.how["seed"], i, len(self.classes)) for i in indices]
+        return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
+
+
+def open_data(path, resolution, count=0):
+    """tiny (held-out images), an .npz, a folder of images or of class folders: cropped to R, or (0) to the size of the
+    first image. ValueError if there are fewer than count."""
+    files = sorted(str(file) for file in Path(path).glob("*") if file.suffix.lower() in Folder.SUFFIXES)
+    if files:                               # without classes, in the order of names
+        data = Folder.__new__(Folder)
+        data.files, data.labels, data.classes = files, [0] * len(files), None
+    else:
+        data = (Shapes(32, 10_000, HELD_OUT) if path == "tiny" else Packed(path) if path.endswith(".npz") else
+                open_images(path, resolution))
+    if not isinstance(data, Packed):
+        data.resolution = resolution or (32 if path == "tiny" else min(Image.open(data.files[0]).size))
+    elif resolution not in (0, data.resolution):
+        raise ValueError(f"{path} holds images of {data.resolution} px, expected {resolution}")
+    if len(data) < count:
+        raise ValueError(f"{path} holds {len(data)} images, expected at least {count}")
+    return data
+
+
+def ranks():
+    """-> this process's rank, how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.no_grad()
+def gather(data, n, batch, title, device, rows_of):
+    """rows_of(indices, images [B, 3, R, R], labels [B]) -> [B, D] of the first n images, split over the ranks ->
+    float32 [n, D] on all of them, in the images' order."""
+    rank, world = ranks()
+    if n < max(2, world):
+        raise ValueError(f"{n} images are too few (for {world} processes)")
+    shares, rows = [range(i, min(i + batch * world, n), world) for i in range(rank, n, batch * world)], None
+    workers = min(8, os.cpu_count()) if isinstance(data, Folder) else 0         # processes that decode files ahead
+    loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=shares, num_workers=workers)
+    for share, (images, labels) in zip(tqdm(shares, title, leave=False, disable=rank > 0), loader):
+        with autocast(device):
+            values = rows_of(share, images.to(device), labels.to(device))
+        rows = torch.zeros(n, values.shape[1], device=device) if rows is None else rows
+        rows[list(share)] = values.float()
+    if world > 1:
+        dist.all_reduce(rows)               # every row is 0 but on one rank
+    return rows
+
+
+def collect(data, n, net, batch, title, keep=True):
+    """The first n images -> n, mu, sigma; if the network has spatial features, mu_s, sigma_s; to keep: rows [N, D]
+    (precision, recall, IS); in the tiny world the labels [N]."""
+    device = next(net.parameters()).device
+    pool, spatial = Moments(net.dim, device), Moments(net.spatial_dim, device)
+
+    @full_float32()
+    def one_batch(indices, images, labels):
+        rows, maps = net(images)                                        # [B, D], [B, S] or None
+        pool.update(rows)
+        if maps is not None:
+            spatial.update(maps)
+        return torch.cat([labels[:, None], rows if keep else rows[:, :0]], 1)
+    labels, rows = gather(data, n, batch, title, device, one_batch).tensor_split([1], 1)
+    stats = {"n": n, "rows": rows, **dict(zip(("mu", "sigma"), pool.result()))}
+    if net.spatial_dim:
+        stats["mu_s"], stats["sigma_s"] = spatial.result()
+    if isinstance(net, Judge) and data.classes == Shapes.classes:
+        stats["labels"] = labels[:, 0]
+    return stats
+
+
+def load_reference(path, net, resolution, batch):
+    """tiny, or an .npz -> its statistics under this network: those that the file states (ADM's do, of more images than
+    they hold), else those of its images. Whatever can be wrong with it is said here, before hours of sampling."""
+    if path == "tiny":                      # its images never change, the judge's weights may
+        weights = b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())
+        data = open_data(path, resolution)
+        return collect(data, len(data), net, batch, "reference") | {"sha256": hashlib.sha256(weights).hexdigest()}
+    images = Packed(path)
+    stats = {name: images.held[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "n") if name in images.held}
+    maker, width = str(images.held.get("network", "inception")), len(stats.get("mu", range(net.dim)))
+    if "mu" in stats and (maker, width) != (net.name, net.dim):             # ADM's files don't name Inception
+        raise ValueError(f"{path} was made with {maker} features [{width}], not {net.name} [{net.dim}]: "
+                         f"use --features={maker}, or make another reference (evaluate.py ref)")
+    if min(stats.get("n", 2), 2 if "mu" in stats and not len(images) else len(images)) < 2:
+        raise ValueError(f"{path} holds fewer than 2 images (arr_0), or statistics (mu, sigma) of fewer")
+    if len(images):
+        if images.resolution != resolution:
+            raise ValueError(f"{path} holds images of {images.resolution} px, the samples have {resolution}")
+        own = collect(images, len(images), net, batch, "reference")
+        stats = {"rows": own["rows"], **stats} if "mu" in stats else own
+    with open(path, "rb") as file:
+        return stats | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def compare(fake, real, net):
+    """Two sets' statistics -> the metrics that they allow, by name."""
+    values = {net.metric: frechet(fake["mu"], fake["sigma"], real["mu"], real["sigma"])}
+    if "mu_s" in fake and "mu_s" in real:
+        values["sFID"] = frechet(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
+    if isinstance(net, Inception):
+        values["IS"] = inception_score(net.logits(fake["rows"]))
+    if min(len(fake["rows"]), len(real.get("rows", ()))) > 3:
+        values["precision"], values["recall"] = precision_recall(real["rows"], fake["rows"])
+    if "labels" in fake:
+        values["accuracy"] = (net.head(fake["rows"]).argmax(1) == fake["labels"]).double().mean().item()
+    return values
+
+
+def report(stem, command, values, settings, usual, header=True):
+    """A line of a table and an entry of STEM.COMMAND.json. Above the table: what its lines share, a warning if N is
+    below the usual number; below it: values that are lists."""
+    if ranks()[0] > 0:
+        return
+    shown = {k: v for k, v in {**settings, **values}.items() if k in ("step", "guidance", "low", "high", *values)}
+    cells = [(k, f"{v:.4f}" if isinstance(v, float) else str(v), max(len(k) + 2, 12)) for k, v in shown.items()
+             if not isinstance(v, list)]
+    if header:
+        print("  ".join(f"{k}: {v}" for k, v in settings.items() if k not in shown))
+        if settings["N"] < usual:
+            print(f"warning: N = {settings['N']:,} is few: use {usual:,}, or compare with values of the same N only")
+        print("".join(name.rjust(width) for name, _, width in cells))
+    print("".join(text.rjust(width) for _, text, width in cells), flush=True)
+    for name in [k for k, v in values.items() if isinstance(v, list)]:
+        print(f"{name}: " + " ".join(f"{v:.3f}" for v in values[name]))
+    path = Path(f"{str(stem).removesuffix('.pt').removesuffix('.npz')}.{command}.json")
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*earlier, {"values": values, **settings}], indent=1))
+
+
+@dataclass
+class Options:
+    command: str = ""           # gen, recon, align or ref
+    path: str = ""              # a checkpoint or a run's folder; gen: or samples (.npz, folder); ref: the images
+    data: str = ""              # recon, align: held-out images: tiny, an .npz, a folder of images or of class folders
+    count: int = 0              # how many images; 0: 50,000 (align: 10,000; tiny: 1,000), of given samples all
+    features: str = ""          # inception, dinov2, tiny; default: tiny in the tiny world, else inception
+    weights: str = ""           # a local file of that network's weights
+    repo: str = ""              # a local clone of facebookresearch/dinov2
+    resolution: int = 0         # ref, recon: side to which images are cropped; 0: the checkpoint's, else 256 (tiny: 32)
+    batch: int = 64             # images at a time on each process
+    seed: int = 0
+    out: str = ""               # ref: the .npz to write
+    ref: str = ""               # gen: the reference, an .npz (ADM's or evaluate.py ref's) or tiny
+    curve: bool = False         # gen: all checkpoints of the run's folder
+    solver: str = ""            # gen: as in sample.py; default sde (tiny: ab2)
+    steps: int = 0              # gen: default 250 (tiny: 50)
+    guidance: str = "1"         # a scale; a list is a sweep: 1,1.5,2
+    interval: str = "0:1"       # guidance where low <= t <= high; a list is a sweep: 0:1,0.1:0.8
+    labels: str = "random"      # random or balanced (each class equally often)
+
+
+def sweep(opt, solver, steps):
+    """-> arguments of Model.batch: every scale in every interval, but one where a scale <= 1 switches guidance off."""
+    settings = []
+    for scale, interval in itertools.product(opt.guidance.split(","), opt.interval.split(",")):
+        low, _, high = interval.partition(":") if cast("guidance", scale, float) > 1 else "0:1".partition(":")
+        how = dict(solver=opt.solver or solver, steps=opt.steps or steps, guidance=float(scale), seed=opt.seed,
+                   low=cast("interval", low, float), high=cast("interval", high, float))
+        sample.check(sample.Options(opt.path, labels=opt.labels, batch=opt.batch, **how))
+        settings += [how] if how not in settings else []
+    return settings
+
+
+def gen(opt, device):
+    """Metrics of a model's images, or of images in a file or folder, against a reference."""
+    path, load = Path(opt.path), functools.lru_cache(1)(load_model)     # a sweep reads its checkpoint once
+    files = [path] if path.suffix == ".pt" else sorted(path.glob("step_???????.pt"))[0 if opt.curve else -1:]
+    tiny = "tiny" in (opt.ref, files and load(files[0], device).config["data"])
+    solver, steps, usual = ("ab2", 50, 1000) if tiny else ("sde", 250, 50_000)
+    runs = list(itertools.product(files, sweep(opt, solver, steps))) or [(path, None)]
+    data = Generated(load(files[0], device), opt.labels, {}) if files else open_data(opt.path, 0, opt.count)
+    n, net = opt.count or (usual if files else len(data)), load_network(opt, tiny, data.resolution, device)
+    real = load_reference(opt.ref, net, data.resolution, opt.batch)
+    about = {"N": n, "reference": opt.ref, "sha256": real["sha256"][:12], "features": net.name}
+    for file, how in runs:
+        if how:
+            model = load(file, device)
+            data, about = Generated(model, opt.labels, how), {**about, "step": model.step, "labels": opt.labels, **how}
+        values = compare(collect(data, n, net, opt.batch, f"{file} {how or ''}"), real, net)
+        report(file, "gen", values, about, usual, header=(file, how) == runs[0])
+
+
+def make_reference(opt, device):
+    """Statistics of all images and 10,000 of the images themselves, spread evenly, in ADM's layout."""
+    data = open_data(opt.path, opt.resolution or (32 if opt.path == "tiny" else 256), opt.count)
+    n, net = opt.count or len(data), load_network(opt, opt.path == "tiny", data.resolution, device)
+    stats = collect(data, n, net, opt.batch, "reference", keep=False)
+    if ranks()[0] == 0:
+        kept = np.linspace(0, n - 1, min(n, 10_000)).round().astype(int).tolist()
+        shape, raw = (len(kept), data.resolution, data.resolution, 3), Path(f"{opt.out}.tmp.npy")
+        rows = np.lib.format.open_memmap(raw, "w+", np.uint8, shape)    # savez copies it piece by piece
+        for row, i in zip(rows, kept):
+            row[:] = data[[i]][0][0].permute(1, 2, 0)
+        np.savez(opt.out, rows, network=net.name, **{k: v for k, v in stats.items() if k not in ("rows", "labels")})
+        raw.unlink()
+        print(f"{opt.out}: {net.name} statistics of {n:,} images, {len(kept):,} of the images")
+
+
+def recon(opt, device):
+    """Closeness of held-out images to their reconstructions from the posterior's mean, both as uint8."""
+    vae, file = load_vae(opt.path)[0].to(device).eval(), "" if opt.path in PUBLISHED else find_checkpoint(opt.path)
+    config = read_weights(file).get("config", {}) if file else {}
+    data = open_data(opt.data, opt.resolution or config.get("resolution", 32 if opt.data == "tiny" else 256), opt.count)
+    tiny, perceptual = "tiny" in (opt.data, config.get("data")), None
+    usual = 1000 if tiny else 50_000
+    n, net = opt.count or min(len(data), usual), load_network(opt, tiny, data.resolution, device)
+    real, fake = Moments(net.dim, device), Moments(net.dim, device)
+    try:
+        with rank0_first():
+            perceptual = None if opt.data == "tiny" else Perceptual().to(device)    # tiny does without downloads
+    except (ValueError, ImportError) as error:
+        print(f"note: LPIPS is left out: {error}")
+
+    def one_batch(indices, x, labels):      # x uint8 [B, 3, R, R]
+        rec = to_uint8(vae.decode(vae.encode(to_float(x))[0]))
+        a, b = to_float(x), to_float(rec)
+        with full_float32():
+            real.update(net(x)[0])
+            fake.update(net(rec)[0])
+            lpips = [perceptual(a, b).expand(len(x))] if perceptual else []
+        return torch.stack([psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3)), *lpips], 1)
+
+    means = gather(data, n, opt.batch, "reconstructions", device, one_batch).double().mean(0).tolist()
+    values = {**dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), means)),
+              f"r{net.metric}": frechet(*fake.result(), *real.result())}
+    report(file or opt.path, "recon", values, {"N": n, "data": opt.data, "features": net.name}, usual)
+
+
+def align(opt, device):
+    """Do images have the same neighbours in SiT, behind each block at each noise level, and in the latents, as in the
+    teacher? SiT's and the teacher's features are means over tokens. And: do the latents collapse?"""
+    model = load_model(opt.path, device)
+    vae, sit, config, cfg = model.vae, model.sit, model.config, model.sit.cfg
+    data = open_data(opt.data, cfg.size * vae.cfg.downsampling, opt.count)
+    tiny, file = config["data"] == "tiny", find_checkpoint(opt.path)
+    usual, name = 1000 if tiny else 10_000, config["teacher"].replace("none", "tiny" if tiny else "dinov2_vitb14")
+    n = opt.count or min(len(data), usual)
+    with rank0_first():
+        teacher = load_teacher(name, data.resolution, config["teacher_repo"], config["teacher_weights"],
+                               Shapes(data.resolution).draw if tiny else None).to(device)
+
+    def clean(indices, x, labels):          # -> [B, 2 + C h w + d]
+        z = vae.encode(to_float(x))[0]
+        return torch.cat([monitors(z), z.flatten(1), teacher(x).mean(1)], 1)
+
+    def noisy(t, indices, x, labels):       # -> [B, depth D]; the noise of image i depends on the seed and i alone
+        generators = [torch.Generator(device).manual_seed(sample.seed_of(opt.seed, "align", i)) for i in indices]
+        zn = sit.bn(vae.encode(to_float(x))[0])
+        eps = torch.stack([torch.randn(zn.shape[1:], generator=g, device=device) for g in generators])
+        y = labels if data.classes == model.classes else torch.full_like(labels, cfg.num_classes)
+        times = torch.full((len(x),), t, device=device)
+        return torch.cat([h.mean(1) for h in sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)], 1)
+
+    rows = gather(data, n, opt.batch, "latents", device, clean)
+    collapse, z, f = rows.tensor_split((2, 2 + cfg.channels * cfg.size ** 2), 1)
+    with full_float32():
+        values = dict(zip(("spatial variance", "total variation"), collapse.mean(0).tolist()))
+        values["CKNNA of latents"] = cknna(z, f)
+        for t in (0.0, 0.25, 0.5, 0.75):
+            h = gather(data, n, opt.batch, f"t = {t}", device, functools.partial(noisy, t)).split(cfg.width, 1)
+            values[f"CKNNA of blocks at t = {t}"] = [cknna(tokens, f) for tokens in h]
+    report(file, "align", values, {"step": model.step, "N": n, "data": opt.data, "teacher": name, "seed": opt.seed,
+                                   "classes given": data.classes == model.classes}, usual)
+    if ranks()[0] == 0:                     # images beside their latents
+        chosen = np.linspace(0, n - 1, min(n, 16)).round().astype(int).tolist()
+        latents = principal_colours(z[chosen].view(-1, cfg.channels, cfg.size, cfg.size).cpu(), data.resolution)
+        pairs = torch.stack([data[chosen][0], latents], 1).flatten(0, 1)
+        save_png(str(file).removesuffix(".pt") + ".latents.png", grid(pairs, 8))
+
+
+def principal_colours(z, side):
+    """Latents [M, C, h, w] -> uint8 [M, 3, side, side]: their first three principal components as red, green, blue."""
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)                                      # [M h w, C]
+    rgb = (flat - flat.mean(0)) @ torch.linalg.eigh(flat.T.cov())[1].flip(1)[:, :3]
+    low, high = rgb.quantile(0.01, 0), rgb.quantile(0.99, 0)
+    rgb = ((rgb - low) / (high - low) * 2 - 1).view(len(z), *z.shape[2:], 3).permute(0, 3, 1, 2)
+    return to_uint8(F.interpolate(rgb, (side, side), mode="nearest"))
+
+
+@friendly
+def main(argv):
+    opt, needs = parse(Options, argv), {"gen": "ref", "ref": "out", "recon": "data", "align": "data"}
+    if opt.command not in needs:
+        raise ValueError(f"unknown command {opt.command!r}{nearest(opt.command, needs)}")
+    if not opt.path or not getattr(opt, needs[opt.command]):
+        raise ValueError(f"evaluate.py {opt.command} needs a path and --{needs[opt.command]}=...")
+    if opt.features not in ("", "inception", "dinov2", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
+        raise ValueError("expected --features=inception, dinov2 or tiny, --count at least 2, --batch at least 1")
+    {"gen": gen, "ref": make_reference, "recon": recon, "align": align}[opt.command](opt, sample.start()[2])
+
+
+if __name__ == "__main__":
+    main()

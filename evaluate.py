@@ -7,10 +7,10 @@
     python evaluate.py recon runs/tiny tiny                   # the VAE, on held-out images
     python evaluate.py align runs/tiny tiny                   # SiT's features and the latents beside the teacher's
 
-Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report; float32 in the network and in
-distances, float64 in statistics. No image is kept; ranks and batches do not change the numbers.
-FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions). sFID: of 7
-channels of an inner 17x17 map. FD-*: of another network. IS: exp of the mean KL(p(class | image) || p(class)).
+Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report, in float32 and, for statistics,
+float64. No image is kept; ranks and batches do not change the numbers.
+FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions; FD-tiny: other
+features). sFID: of 7 channels of an inner 17x17 map. IS: exp of the mean KL(p(class | image) || p(class)).
 Precision: share of samples within the reference's manifold; recall: the reverse. Accuracy: share of samples in which
 the judge sees the class asked for. N images, B in a batch, R their side; D features, means mu [D], sigma [D, D].
 """
@@ -36,8 +36,8 @@ from torchvision.models import inception as tv
 from tqdm import tqdm
 
 import sample
-from repa import DINOv2, cknna, load_teacher, trained_once
-from sample import autocast, cast, choose_label, friendly, grid, load_model, nearest, parse, rank0_first, save_png
+from repa import cknna, fit, load_teacher, trained_once
+from sample import autocast, cast, choose_label, friendly, load_model, nearest, parse, rank0_first
 from sit import interpolate
 from vae import (PUBLISHED, Folder, Perceptual, Shapes, find_checkpoint, first_line, load_vae, open_images,
                  read_weights, to_float, to_uint8)
@@ -208,22 +208,6 @@ def monitors(z):
     return torch.stack([z.double().var((2, 3), correction=0), variation]).mean(2).T
 
 
-class ClassToken(nn.Module):
-    """DINOv2 ViT-L/14's class token (Stein et al. 2023): uint8 [B, 3, R, R] -> [B, 1024], None."""
-
-    name, metric, dim, spatial_dim = "dinov2", "FD-DINOv2", 1024, 0
-
-    def __init__(self, repo="", weights=""):
-        super().__init__()
-        # 37 x 37 patches: its own table of positions, which it resamples at run time, as for the published values
-        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)
-
-    def forward(self, images):
-        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-        x = (x / 255 - self.teacher.mean) / self.teacher.std
-        return self.teacher.net.forward_features(x)["x_norm_clstoken"], None
-
-
 class Judge(nn.Module):
     """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], None. A classifier of its shapes that shares nothing
     with the teacher (other layers, seed and images), lest samples be judged by what they were trained to imitate."""
@@ -245,14 +229,10 @@ class Judge(nn.Module):
 
 def train_judge(net, data, steps):
     """800 steps name 99% of new images rightly."""
-    opt = torch.optim.AdamW(net.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
-    for step in tqdm(range(steps), "training the judge", leave=False):
-        images, labels = data[range(step * 64, (step + 1) * 64)]
-        opt.zero_grad()
-        F.cross_entropy(net.head(net(images)[0]), labels).backward()
-        opt.step()
-        schedule.step()
+    def loss(indices):
+        images, labels = data[indices]
+        return F.cross_entropy(net.head(net(images)[0]), labels)
+    fit(net, loss, "training the judge", steps)
 
 
 def load_judge(resolution, steps=800):
@@ -269,8 +249,7 @@ def load_network(opt, tiny, resolution, device):
     """The feature network of --features; by default the judge in the tiny world, Inception elsewhere."""
     name = opt.features or ("tiny" if tiny else "inception")
     with rank0_first():
-        net = (load_judge(resolution) if name == "tiny" else load_inception(opt.weights) if name == "inception" else
-               ClassToken(opt.repo, opt.weights))
+        net = load_judge(resolution) if name == "tiny" else load_inception(opt.weights)
     return net.to(device)
 
 
@@ -455,9 +434,8 @@ class Options:
     path: str = ""              # a checkpoint or a run's folder; gen: or samples (.npz, folder); ref: the images
     data: str = ""              # recon, align: held-out images: tiny, an .npz, a folder of images or of class folders
     count: int = 0              # how many images; 0: 50,000 (align: 10,000; tiny: 1,000), of given samples all
-    features: str = ""          # inception, dinov2, tiny; default: tiny in the tiny world, else inception
+    features: str = ""          # inception or tiny; default: tiny in the tiny world, else inception
     weights: str = ""           # a local file of that network's weights
-    repo: str = ""              # a local clone of facebookresearch/dinov2
     resolution: int = 0         # ref, recon: side to which images are cropped; 0: the checkpoint's, else 256 (tiny: 32)
     batch: int = 64             # images at a time on each process
     seed: int = 0
@@ -583,20 +561,6 @@ def align(opt, device):
             values[f"CKNNA of blocks at t = {t}"] = [cknna(tokens, f) for tokens in h]
     report(file, "align", values, {"step": model.step, "N": n, "data": opt.data, "teacher": name, "seed": opt.seed,
                                    "classes given": data.classes == model.classes}, usual)
-    if ranks()[0] == 0:                     # images beside their latents
-        chosen = np.linspace(0, n - 1, min(n, 16)).round().astype(int).tolist()
-        latents = principal_colours(z[chosen].view(-1, cfg.channels, cfg.size, cfg.size).cpu(), data.resolution)
-        pairs = torch.stack([data[chosen][0], latents], 1).flatten(0, 1)
-        save_png(str(file).removesuffix(".pt") + ".latents.png", grid(pairs, 8))
-
-
-def principal_colours(z, side):
-    """Latents [M, C, h, w] -> uint8 [M, 3, side, side]: their first three principal components as red, green, blue."""
-    flat = z.permute(0, 2, 3, 1).flatten(0, 2)                                      # [M h w, C]
-    rgb = (flat - flat.mean(0)) @ torch.linalg.eigh(flat.T.cov())[1].flip(1)[:, :3]
-    low, high = rgb.quantile(0.01, 0), rgb.quantile(0.99, 0)
-    rgb = ((rgb - low) / (high - low) * 2 - 1).view(len(z), *z.shape[2:], 3).permute(0, 3, 1, 2)
-    return to_uint8(F.interpolate(rgb, (side, side), mode="nearest"))
 
 
 @friendly
@@ -606,8 +570,8 @@ def main(argv):
         raise ValueError(f"unknown command {opt.command!r}{nearest(opt.command, needs)}")
     if not opt.path or not getattr(opt, needs[opt.command]):
         raise ValueError(f"evaluate.py {opt.command} needs a path and --{needs[opt.command]}=...")
-    if opt.features not in ("", "inception", "dinov2", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
-        raise ValueError("expected --features=inception, dinov2 or tiny, --count at least 2, --batch at least 1")
+    if opt.features not in ("", "inception", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
+        raise ValueError("expected --features=inception or tiny, --count at least 2, --batch at least 1")
     {"gen": gen, "ref": make_reference, "recon": recon, "align": align}[opt.command](opt, sample.start()[2])
 
 

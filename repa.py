@@ -20,7 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
 def align_loss(projected, target):
     """Lists of [B, T, d] (SiT's projected tokens, the teacher's tokens) -> scalar in [-1, 1]; -1 is perfect.
 
@@ -31,7 +30,6 @@ def align_loss(projected, target):
                    for p, f in zip(projected, target, strict=True)]
         return -sum(cosines) / len(cosines)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # DINOv2 (Oquab et al., 2304.07193) through torch.hub.
 
@@ -41,7 +39,6 @@ DINOV2_DIMS = {"vits14": 384, "vitb14": 768, "vitl14": 1024, "vitg14": 1536}
 TEACHERS = ["tiny"] + [f"dinov2_{size}{registers}" for size in DINOV2_DIMS for registers in ("", "_reg")]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
 def teacher_shape(name, resolution):
     """Tokens and width (T, d) of a teacher's output for images of this resolution, without loading it."""
     if name not in TEACHERS:
@@ -49,7 +46,6 @@ def teacher_shape(name, resolution):
     if name == "tiny":
         return (resolution // TinyTeacher.stride) ** 2, TinyTeacher.dim
     return (resolution // 16) ** 2, DINOV2_DIMS[name.split("_")[1]]     # 16 px of the image are one 14 px patch
-
 
 class DINOv2(nn.Module):
     """uint8 [B, 3, R, R] -> patch tokens [B, (R/16)^2, d]: the image is resized by 14/16, so patches of 14 px fit.
@@ -99,7 +95,6 @@ class DINOv2(nn.Module):
     def forward(self, image):
         return self.net.forward_features(self.preprocess(image))["x_norm_patchtokens"]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
 
@@ -129,7 +124,6 @@ class TinyTeacher(nn.Module):
     def forward(self, image):
         return self.features(image)[0]
 
-
 def fit(net, loss, title, steps, batch=64):
     """Trains a small net for `steps`: loss(indices of the batch's images) -> scalar; one cycle of the learning rate."""
     opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
@@ -139,7 +133,6 @@ def fit(net, loss, title, steps, batch=64):
         loss(range(step * batch, (step + 1) * batch)).backward()
         opt.step()
         schedule.step()
-
 
 def train_tiny_teacher(net, draw, steps=700, batch=64):
     """draw(indices) -> images, labels, masks (vae.py's Shapes.draw). Returns the accuracy on held-out images."""
@@ -156,7 +149,6 @@ def train_tiny_teacher(net, draw, steps=700, batch=64):
         image, label, _ = draw(range(10**6, 10**6 + 1000))
         return (net.classify(net.features(image)[1]).argmax(1) == label).float().mean().item()
 
-
 def trained_once(kind, net, draw, train, *recipe):
     """-> net, with the weights that train(net) -> extra gives it or torch.hub's cache has, in eval mode, and extra."""
     sheet = draw(range(16))[0].numpy().tobytes()                                    # other data: another file
@@ -172,14 +164,12 @@ def trained_once(kind, net, draw, train, *recipe):
     Path(f"{path}.tmp").replace(path)
     return net.eval(), extra
 
-
 def load_tiny_teacher(draw):
     """-> the teacher, trained or from the cache, and its accuracy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = TinyTeacher().to(memory_format=torch.channels_last)
     return trained_once("tiny-teacher", net, draw, lambda net: train_tiny_teacher(net, draw))
-
 
 def load_teacher(name, resolution, repo="", weights="", draw=None):
     """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], with (T, d) = teacher_shape(name, resolution).
@@ -194,7 +184,6 @@ def load_teacher(name, resolution, repo="", weights="", draw=None):
                          f"({', '.join(TEACHERS[1:])})")
     return load_tiny_teacher(draw)[0].requires_grad_(False)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A measure of alignment that needs no projector: do the same images lie near each other?
 
@@ -208,7 +197,6 @@ def neighbours(x, k):
         values.append(value)
         indices.append(index)
     return torch.cat(values), torch.cat(indices)
-
 
 def cknna(a, b, k=10):
     """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features [N, D], [N, d] of the

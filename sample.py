@@ -20,9 +20,8 @@ import math
 import os
 import sys
 import traceback
-import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -32,8 +31,8 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from sit import SiT, SiTConfig, score_from_velocity
-from vae import VAE, VAEConfig, config_from_dict, find_checkpoint, load_strict, read_weights, to_uint8
+from sit import SiT, SiTConfig, published_sit, score_from_velocity
+from vae import VAE, VAES, config_from_dict, find_checkpoint, load_strict, load_vae, read_weights, to_uint8, write_npz
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes. One process without torchrun; as many as it starts with it.
@@ -42,23 +41,19 @@ def start():
     """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if torch.cuda.is_available():
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise ValueError("more processes than GPUs on this machine: "
-                             f"use --nproc_per_node={torch.cuda.device_count()} or fewer")
-        device = torch.device("cuda", local)
+            raise ValueError(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()} or fewer")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                  # TF32 where float32 is asked for
         torch.backends.cudnn.allow_tf32 = True
-    else:
-        device = torch.device("cpu")
-        if torch.backends.mps.is_available() and rank == 0:
-            print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
+    elif torch.backends.mps.is_available() and rank == 0:
+        print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None)
     return rank, world, device
-
 
 @contextmanager
 def rank0_first():
@@ -72,7 +67,6 @@ def rank0_first():
         if dist.is_initialized() and first:
             dist.barrier()
 
-
 def all_mean(x):
     """A tensor averaged over all processes (in place)."""
     if dist.is_initialized():
@@ -80,33 +74,29 @@ def all_mean(x):
         x /= dist.get_world_size()
     return x
 
-
 def autocast(device):
     """bfloat16 where the GPU computes in it, float32 elsewhere."""
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
 
 def seed_of(seed, stream, i):
     """A 32-bit seed (CPU generators use no more): a hash of (seed, stream), plus i, so that no two i share one."""
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest()
     return (int.from_bytes(digest, "little") + i) % 2**32
 
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Options: a dataclass is the command line. `--key=value`; leading values without a key fill the first fields.
+# Options: a dataclass, or a function, is the command line. `--key=value`; leading values without a key fill the first.
 
-def parse(cls, argv, presets=None):
-    """Command-line words -> an instance of cls. ValueError names the wrong word and the nearest right one.
-
-    --preset=a,b applies presets[a], then presets[b]; what is given by --key=value stands above both.
-    """
-    kinds = {field.name: field.type for field in fields(cls)}
-    chosen, values, positional = {}, {}, list(kinds)
-    for word in argv:
+def parse(target, argv, presets=None):
+    """Calls a dataclass or a function with the command line's words. ValueError names the wrong word and the nearest
+    right one. --preset=a,b applies presets[a], then presets[b]; what is given by --key=value stands above both."""
+    signature = inspect.signature(target)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    chosen, values, positional, words = {}, {}, list(kinds), iter(argv)
+    for word in words:
         if word in ("-h", "--help"):
-            print(inspect.getsource(cls))
-            print("presets:", ", ".join(presets) if presets else "none")
+            print(inspect.getsource(target) if isinstance(target, type) else f"{signature}\n{target.__doc__}")
+            print(f"presets: {', '.join(presets or ['none'])}")
             raise SystemExit(0)
         if not word.startswith("--"):
             if not positional:
@@ -121,16 +111,19 @@ def parse(cls, argv, presets=None):
             continue
         if key not in kinds:
             raise ValueError(f"unknown option --{key}{nearest(key, kinds)}")
-        if not equals:
+        text = text if equals else next(words, None)            # --key=value or --key value
+        if text is None:
             raise ValueError(f"--{key} needs a value: --{key}=...")
         values[key] = cast(key, text, kinds[key])
-    return cls(**{**chosen, **values})
-
+    missing = [key for key, parameter in signature.parameters.items() if parameter.default is parameter.empty]
+    for key in missing:
+        if key not in values:
+            raise ValueError(f"--{key}=... is missing: {target.__name__} needs {', '.join(missing)}")
+    return target(**{**chosen, **values})
 
 def nearest(word, known):
     close = get_close_matches(word, known, 1, 0.5)
     return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
-
 
 def cast(key, text, kind):
     """Text -> int, float, bool or str, by the field's type."""
@@ -141,7 +134,6 @@ def cast(key, text, kind):
         expected = {int: "a whole number", float: "a number", bool: "0 or 1"}[kind]
         raise ValueError(f"--{key}={text}: expected {expected}") from None
 
-
 def first_to_fail():
     """One message for all processes: True on the first one that asks (without a process group: on rank 0)."""
     if not dist.is_initialized():
@@ -150,7 +142,6 @@ def first_to_fail():
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:                # the process that holds the store is gone
         return True
-
 
 def friendly(main):
     """Runs main(argv); a user's mistake (ValueError, OSError) ends in one line and exit code 2 (TRACEBACK=1: all)."""
@@ -171,12 +162,10 @@ def friendly(main):
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
                 print(f"error{where}: {lines[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
             sys.stdout.flush()
-            sys.stderr.flush()
             if dist.is_initialized():
                 os._exit(code)      # at once: the others may wait in a collective; torchrun ends them when this is gone
             sys.exit(code)
     return run
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers: z at t = 1 -> z at t = 0, float64. velocity(z, t: float) -> dz/dt; steps is the number of network calls of
@@ -189,7 +178,6 @@ def euler(velocity, z, steps):
         z = z + (t_next - t) * velocity(z, t)
     return z
 
-
 def heun(velocity, z, steps):
     """Order 2: the mean of the velocities at both ends of the step. The last step is Euler's, as the authors'."""
     times = np.linspace(1, 0, steps + 1)
@@ -199,7 +187,6 @@ def heun(velocity, z, steps):
         z = ahead if t_next == 0 else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
     return z
 
-
 def ab2(velocity, z, steps):
     """Adams-Bashforth, order 2 with one call a step: v(t + dt/2) extrapolated from this velocity and the last one."""
     times, last = np.linspace(1, 0, steps + 1), None
@@ -208,7 +195,6 @@ def ab2(velocity, z, steps):
         z = z + (t_next - t) * (v if last is None else 1.5 * v - 0.5 * last)
         last = v
     return z
-
 
 def euler_maruyama(velocity, z, steps, noise, path="linear", t_last=0.04):
     """The reverse SDE dz = (v - w/2 score) dt + sqrt(w) dW with w(t) = 2t (SiT, section 2.3).
@@ -226,9 +212,7 @@ def euler_maruyama(velocity, z, steps, noise, path="linear", t_last=0.04):
             z = z + math.sqrt(w * (t - t_next)) * noise()
     return z
 
-
 SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": euler_maruyama}
-
 
 def guided(sit, y, scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
     """Classifier-free guidance in an interval (Kynkaanniemi et al., 2404.07724): -> velocity(z, t).
@@ -247,7 +231,6 @@ def guided(sit, y, scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
         return v_null + scale * (v - v_null)
     return velocity
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # A model that generates.
 
@@ -260,27 +243,19 @@ class Model:
     config: dict
     step: int
 
-    @property
-    def device(self):
-        return self.sit.pos_embed.device
-
     @torch.no_grad()
     def batch(self, indices, labels, steps, solver, guidance, low, high, seed):
         """Images number `indices` of the seed, of these labels -> uint8 [B, 3, R, R]."""
-        cfg, device = self.sit.cfg, self.device
+        cfg, device = self.sit.cfg, self.sit.pos_embed.device
         generators = [torch.Generator(device).manual_seed(seed_of(seed, "image", i)) for i in indices]
 
         def noise():
             shape = (cfg.channels, cfg.size, cfg.size)
             return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]).double()
 
-        y = torch.as_tensor(labels, device=device)
-        velocity = guided(self.sit, y, guidance, low, high)
+        velocity = guided(self.sit, torch.as_tensor(labels, device=device), guidance, low, high)
         with autocast(device):
-            if solver == "sde":
-                zn = euler_maruyama(velocity, noise(), steps, noise, cfg.path)
-            else:
-                zn = SOLVERS[solver](velocity, noise(), steps)
+            zn = SOLVERS[solver](velocity, noise(), steps, *((noise, cfg.path) if solver == "sde" else ()))
         return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
 
     def __call__(self, labels, steps=250, solver="sde", guidance=1.0, low=0.0, high=1.0, seed=0, batch=64, first=0):
@@ -289,22 +264,30 @@ class Model:
                              steps, solver, guidance, low, high, seed).cpu() for i in range(0, len(labels), batch)]
         return torch.cat(images)
 
+def load_model(path, device="cpu", vae=""):
+    """A checkpoint of ours, REPA-E's, REPA's or SiT's, or a run's folder (its newest) -> Model. All processes call it.
 
-def load_model(path, device="cpu"):
-    """A checkpoint's path, or a run's folder (its newest checkpoint) -> Model."""
+    vae: as for vae.load_vae, in place of the checkpoint's own; frozen-VAE runs of REPA-E, REPA and SiT hold none.
+    """
     path = find_checkpoint(path)
     file = read_weights(path)
-    if not isinstance(file, dict) or not {"vae", "vae_config", "config", "classes", "steps"} <= file.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py (step_0000000.pt)")
-    if not {"ema", "sit_config"} <= file.keys():
+    keys = set(file) if isinstance(file, dict) else set()
+    ours = {"sit_config", "ema"} <= keys
+    if "vae_config" in keys and not ours:
         raise ValueError(f"{path} holds a VAE without a SiT (--sit=none): train one with --vae={path}")
-    vae = VAE(config_from_dict(VAEConfig, file["vae_config"]))
-    load_strict(vae, file.get("vae_ema") or file["vae"], f"{path}: vae")
-    sit = load_strict(SiT(config_from_dict(SiTConfig, file["sit_config"])), file["ema"], f"{path}: ema")
-    for net in (vae, sit):
+    cfg, state = (config_from_dict(SiTConfig, file["sit_config"]), file["ema"]) if ours else published_sit(file, path)
+    sit = load_strict(SiT(cfg), state, f"{path}: its SiT")
+    if vae in VAES or not vae and "vae" not in keys:
+        raise ValueError((f"--vae={vae} is untrained" if vae else f"{path} holds no VAE") +
+                         ": name one with --vae=..., for REPA and SiT: hf:stabilityai/sd-vae-ft-mse")
+    with rank0_first():
+        own = load_vae(vae or str(path.absolute()))[0]
+    if own.cfg.z_channels != cfg.channels:
+        raise ValueError(f"--vae={vae} has latents of {own.cfg.z_channels} channels, the SiT of {cfg.channels}")
+    for net in (own, sit):
         net.to(device).eval().requires_grad_(False)
-    return Model(vae, sit, file["classes"], file["config"], file["steps"])
-
+    classes = file.get("classes") or [str(i) for i in range(cfg.num_classes)]
+    return Model(own, sit, classes, file.get("config", {}), file.get("steps", 0))
 
 def choose_label(protocol, seed, i, num_classes):
     """The label of image i: uniform ("random"), or each class equally often ("balanced")."""
@@ -312,19 +295,13 @@ def choose_label(protocol, seed, i, num_classes):
         return i % num_classes
     return int.from_bytes(hashlib.blake2b(f"{seed}/label/{i}".encode(), digest_size=8).digest(), "little") % num_classes
 
-
 def parse_classes(text, names):
     """"star,7" -> label numbers; names are the data set's."""
-    labels = []
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for word in text.split(","):
-        if word in names:
-            labels.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
-            labels.append(int(word))
-        else:
+        if word not in numbers:
             raise ValueError(f"unknown class {word!r}{nearest(word, names)} (or a number below {len(names)})")
-    return labels
-
+    return [numbers[word] for word in text.split(",")]
 
 def grid(images, columns=None):
     """uint8 [N, 3, R, R] -> uint8 [3, rows R, columns R], row by row, black where N ends."""
@@ -334,13 +311,11 @@ def grid(images, columns=None):
     sheet[:n] = images
     return sheet.view(rows, columns, 3, R, R).permute(2, 0, 3, 1, 4).reshape(3, rows * R, columns * R)
 
-
 def save_png(path, image):
     """uint8 [3, H, W] -> a PNG file, small images enlarged so that they can be looked at."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     factor = max(1, 640 // picture.width)
     picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST).save(path)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
@@ -359,7 +334,7 @@ class Options:
     classes: str = ""           # instead: names or numbers, repeated in turn (star,heart)
     seed: int = 0
     batch: int = 64             # images at a time on each process
-
+    vae: str = ""               # for checkpoints that hold none (REPA's, SiT's): hf:stabilityai/sd-vae-ft-mse
 
 def check(opt):
     """The first mistake in the options, as a ValueError."""
@@ -376,54 +351,40 @@ def check(opt):
     if opt.out and not opt.out.endswith((".png", ".npz")):
         raise ValueError(f"--out={opt.out}: expected a name that ends in .png (a grid) or .npz (ADM's layout)")
 
-
 @friendly
 def main(argv):
     opt = parse(Options, argv)
     check(opt)
     rank, world, device = start()
-    model = load_model(opt.path, device)
+    model = load_model(opt.path, device, opt.vae)
     out = Path(opt.out or ("grid.png" if opt.count <= 100 else "samples.npz"))
     chosen = parse_classes(opt.classes, model.classes) if opt.classes else None
     labels = [chosen[i % len(chosen)] if chosen else choose_label(opt.labels, opt.seed, i, len(model.classes))
               for i in range(opt.count)]
 
-    # every process writes its rows of one memory-mapped array: 50,000 images of 256 px never are in memory
-    side = model.sit.cfg.size * model.vae.cfg.downsampling
-    raw = Path(f"{out}.rows.npy")
+    # every process writes its rows of one memory-mapped file: 50,000 images of 256 px never are in memory
+    side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, f"{out}.rows"
     if rank == 0:
-        np.lib.format.open_memmap(raw, "w+", np.uint8, (opt.count, side, side, 3)).flush()
+        np.memmap(raw, np.uint8, "w+", shape=(opt.count, 3, side, side))
     if world > 1:
         dist.barrier()
-    rows = np.lib.format.open_memmap(raw, "r+")
+    rows = np.memmap(raw, np.uint8, "r+", shape=(opt.count, 3, side, side))
     mine = range(rank, opt.count, world)
-    for start_at in tqdm(range(0, len(mine), opt.batch), "sampling", disable=rank > 0):
-        indices = mine[start_at : start_at + opt.batch]
-        images = model.batch(indices, [labels[i] for i in indices], opt.steps, opt.solver, opt.guidance, opt.low,
-                             opt.high, opt.seed)
-        rows[list(indices)] = images.permute(0, 2, 3, 1).cpu().numpy()
+    for i in tqdm(range(0, len(mine), opt.batch), "sampling", disable=rank > 0):
+        indices = list(mine[i : i + opt.batch])
+        rows[indices] = model.batch(indices, [labels[j] for j in indices], opt.steps, opt.solver, opt.guidance,
+                                    opt.low, opt.high, opt.seed).cpu()
     rows.flush()
     if world > 1:
         dist.barrier()
     if rank == 0:
         if out.suffix == ".png":
-            save_png(out, grid(torch.from_numpy(np.array(rows)).permute(0, 3, 1, 2)))
+            save_png(out, grid(torch.from_numpy(rows)))
         else:
-            save_npz(out, raw, labels)
-        raw.unlink()
+            write_npz(out, (opt.count, side, side, 3), torch.from_numpy(rows), arr_1=labels, classes=model.classes)
+        os.remove(raw)
         print(f"{out}: {opt.count} images, step {model.step}, {opt.solver} {opt.steps} steps, guidance {opt.guidance} "
               f"in [{opt.low}, {opt.high}], labels {opt.classes or opt.labels}, seed {opt.seed}")
-
-
-def save_npz(out, raw, labels):
-    """A .npy file of images becomes arr_0 of an .npz, the labels arr_1, without passing through memory."""
-    temporary = Path(f"{out}.tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
-        file.write(raw, "arr_0.npy")
-        with file.open("arr_1.npy", "w") as entry:
-            np.lib.format.write_array(entry, np.asarray(labels, np.int64))
-    temporary.replace(out)
-
 
 if __name__ == "__main__":
     main()

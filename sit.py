@@ -15,6 +15,7 @@ Module names are timm's and the authors', so that published weights load. This f
 teacher and VAE work inside.
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,17 +35,14 @@ def interpolant(t, path="linear"):
         return torch.cos(a * t), torch.sin(a * t), -a * torch.sin(a * t), a * torch.cos(a * t)
     raise ValueError(f"unknown interpolant {path!r}: expected linear or cosine")
 
-
 def expand(t, x):
     """t [B] -> [B, 1, ...], to be multiplied with x [B, ...]."""
     return t.view(-1, *[1] * (x.dim() - 1))
-
 
 def interpolate(zn, eps, t, path="linear"):
     """Latents zn and noise eps [B, C, H, W], t [B] -> z_t and the target velocity v = d_alpha zn + d_sigma eps."""
     alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, zn), path)
     return alpha * zn + sigma * eps, d_alpha * zn + d_sigma * eps
-
 
 def data_noise_from_velocity(v, z_t, t, path="linear"):
     """The two unknowns (zn, eps) of the two equations z_t = alpha zn + sigma eps, v = d_alpha zn + d_sigma eps."""
@@ -52,29 +50,24 @@ def data_noise_from_velocity(v, z_t, t, path="linear"):
     det = alpha * d_sigma - sigma * d_alpha         # linear: 1, cosine: pi/2; never 0
     return (d_sigma * z_t - sigma * v) / det, (alpha * v - d_alpha * z_t) / det
 
-
 def velocity_from_data(zn, z_t, t, path="linear"):
     """Predicted clean latents -> velocity; defined for t > 0, where sigma > 0."""
     alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
     return d_alpha * zn + d_sigma * (z_t - alpha * zn) / sigma
-
 
 def velocity_from_noise(eps, z_t, t, path="linear"):
     """Predicted noise -> velocity; defined for t < 1, where alpha > 0."""
     alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
     return d_alpha * (z_t - sigma * eps) / alpha + d_sigma * eps
 
-
 def score_from_velocity(v, z_t, t, path="linear"):
     """score = grad log p_t(z_t) = -E[eps | z_t] / sigma; defined for t > 0 (SiT, equation 9)."""
     _, eps = data_noise_from_velocity(v, z_t, t, path)
     return -eps / interpolant(expand(t, z_t), path)[1]
 
-
 def velocity_from_score(score, z_t, t, path="linear"):
     """The inverse of score_from_velocity; defined for t < 1."""
     return velocity_from_noise(-interpolant(expand(t, z_t), path)[1] * score, z_t, t, path)
-
 
 def time_from_uniform(u, weighting="uniform", path="linear"):
     """u uniform in (0, 1), [B] -> training times t [B]: u itself, or EDM's lognormal sigma = exp(N(0, 1))."""
@@ -85,7 +78,6 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
         t = sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
         return t.to(u.dtype)
     raise ValueError(f"unknown weighting of t {weighting!r}: expected uniform or lognormal")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
@@ -152,7 +144,6 @@ class LatentNorm(nn.Module):
         self.running_var.copy_(var)
         self.num_batches_tracked.zero_()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
 
@@ -175,9 +166,7 @@ class SiTConfig:
     def tokens(self):
         return (self.size // self.patch) ** 2
 
-
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}      # depth, width, heads
-
 
 def parse_size(name):
     """ "SiT-XL/2" or "depth-width-heads/patch" ("6-192-3/2") -> (depth, width, heads, patch)."""
@@ -191,7 +180,6 @@ def parse_size(name):
         raise ValueError(f"SiT {name!r}: the width must be a positive multiple of its heads and of 4")
     return depth, width, heads, int(patch)
 
-
 def sincos_2d(dim, side):
     """Fixed position table [1, side * side, dim]: half of dim for the column, half for the row, each [sin, cos]."""
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -200,26 +188,25 @@ def sincos_2d(dim, side):
     column, row = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)           # [side, side, dim/2]
     return torch.cat([column, row], 2).reshape(1, side * side, dim).float()
 
-
 def modulate(x, shift, scale):
     """x [B, T, D] * (1 + scale [B, D]) + shift [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
-
 class TimestepEmbedder(nn.Module):
     """t [B] -> [B, D]: 128 cosines, 128 sines of t times 10000^(-k/128), then an MLP."""
 
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.half = frequencies // 2
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def frequencies(device=None):
+        return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
 
     def forward(self, t):
-        k = torch.arange(self.half, device=t.device, dtype=torch.float32)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000) * k / self.half)
+        angle = t.float()[:, None] * self.frequencies(t.device)
         with torch.autocast(t.device.type, enabled=False):      # bfloat16 would merge neighbouring t
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
-
 
 class LabelEmbedder(nn.Module):
     """Labels [B] -> [B, D]. Where drop [B] (bool) is True the null label num_classes stands in, for guidance."""
@@ -231,7 +218,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y, drop=None):
         return self.embedding_table(y if drop is None else torch.where(drop, self.num_classes, y))
-
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
@@ -249,7 +235,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-
 class Mlp(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -257,7 +242,6 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
 
 class Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from the condition c [B, D]; zero gates at the start."""
@@ -275,7 +259,6 @@ class Block(nn.Module):
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
-
 class FinalLayer(nn.Module):
     """[B, T, D] -> [B, T, patch * patch * C]."""
 
@@ -289,7 +272,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
-
 class PatchEmbed(nn.Module):
     """[B, C, H, W] -> [B, T, D]."""
 
@@ -299,7 +281,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
-
 
 class SiT(nn.Module):
     """The denoiser. Its three uses are forward (SiT step), align_only (VAE step) and velocity (sampling)."""
@@ -357,10 +338,8 @@ class SiT(nn.Module):
 
     def align_only(self, z_t, t, y):
         """The projected tokens of forward, without the blocks behind align_depth and without label dropout."""
-        x, c = self.embed(z_t, t, y)
-        for block in self.blocks[: self.cfg.align_depth]:
-            x = block(x, c)
-        return [project(x) for project in self.projectors]
+        h = self.hidden(z_t, t, y, self.cfg.align_depth)[-1]
+        return [project(h) for project in self.projectors]
 
     def velocity(self, z_t, t, y):
         """v [B, C, H, W] alone."""
@@ -369,11 +348,68 @@ class SiT(nn.Module):
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))
 
-    def hidden(self, z_t, t, y):
-        """The tokens behind each block, a list of [B, T, D]."""
+    def hidden(self, z_t, t, y, depth=None):
+        """The tokens behind each block (of the first `depth`), a list of [B, T, D]."""
         x, c = self.embed(z_t, t, y)
         tokens = []
-        for block in self.blocks:
+        for block in self.blocks[:depth]:
             x = block(x, c)
             tokens.append(x)
         return tokens
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
+
+def published_sit(file, what):
+    """A published checkpoint, as torch.load gives it -> (SiTConfig, state dict), the same network as a SiT of ours.
+
+    The architecture is read off the shapes (heads have 64 channels, XL's 72); the file's args, if any, tell the rest.
+    Files without statistics of the latents (REPA, SiT) are SD-VAE's: zn = 0.18215 z. `what` names the file in errors.
+    """
+    def blocks(state):
+        return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+
+    try:
+        state, args = file.get("ema", file), file.get("args")
+        first = blocks(state)           # older files of REPA count the blocks behind align_depth from 0 again
+        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{first + int(m[1])}", key): value
+                 for key, value in state.items()}
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        align_depth = first if first < blocks(state) else 8 if width >= 1024 else 4
+        dims = tuple(len(w) for key, w in state.items() if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
+        cfg = SiTConfig(
+            depth=blocks(state), width=width, heads=16 if width == 1152 else width // 64, patch=patch,
+            channels=channels, size=patch * math.isqrt(state["pos_embed"].shape[1]),
+            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, teacher_dims=dims,
+            align_depth=getattr(args, "encoder_depth", align_depth), qk_norm="blocks.0.attn.q_norm.weight" in state,
+            projector_width=len(state["projectors.0.0.weight"]) if dims else SiTConfig.projector_width,
+            path=getattr(args, "path_type", "linear").lower())
+        if len(state["final_layer.linear.weight"]) == 2 * patch * patch * channels:
+            reverse_time(state, patch, channels)
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{what} is no checkpoint of train.py, REPA-E, REPA or SiT "
+                         f"({type(error).__name__}: {' '.join(str(error).split())})") from None
+    prediction = getattr(args, "prediction", "v")
+    if width % 64 or cfg.path not in ("linear", "cosine") or prediction not in ("v", "velocity"):
+        raise ValueError(f"{what}: width {width}, path {cfg.path}, prediction {prediction}: expected a multiple of 64, "
+                         "linear or cosine, v or velocity")
+    if "bn.running_var" not in state and channels == 4:
+        bn = LatentNorm(channels)
+        bn.set(torch.zeros(channels), torch.full((channels,), 0.18215**-2 - bn.eps))
+        state |= {f"bn.{key}": value for key, value in bn.state_dict().items()}
+    return cfg, state
+
+def reverse_time(state, patch, channels):
+    """willisma/SiT's weights, in place: t = 1 is data there, v has the other sign. -> v(z, t) = -theirs(z, 1 - t).
+
+    cos f(1 - t) = cos f cos ft + sin f sin ft, and sin f(1 - t) = sin f cos ft - cos f sin ft: the first layer behind
+    the cosines and sines takes 1 - t in. Of the 2C channels of the output, C are the velocity and C are unused.
+    (DiT's files have the same names and shapes but predict noise: nothing tells them from SiT's.)
+    """
+    cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
+    f = TimestepEmbedder.frequencies().double()
+    turned = torch.cat([cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()], 1)
+    state["t_embedder.mlp.0.weight"] = turned.float()
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state[key].unflatten(0, (patch * patch, 2 * channels))               # ordered (row, column, channel)
+        state[key] = -rows[:, :channels].flatten(0, 1)

@@ -18,11 +18,16 @@
 Names of modules follow latent-diffusion's AutoencoderKL, so that published weights load without a converter.
 This file knows nothing of SiT, of the teacher, of optimizers or of processes.
 """
+import hashlib
+import json
 import math
 import os
 import pickle
 import re
-from dataclasses import dataclass, fields
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
@@ -38,11 +44,9 @@ def to_float(image):
     """uint8 0..255 -> float32 in [-1, 1]."""
     return image.float() / 127.5 - 1
 
-
 def to_uint8(x):
     """float in [-1, 1] -> uint8 0..255, rounded to the nearest level (truncation would darken by half a level)."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
 
 def center_crop(image, resolution):
     """ADM's crop: PIL image of any size -> uint8 [3, R, R].
@@ -61,41 +65,40 @@ def center_crop(image, resolution):
     pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
-
 class Folder:
-    """A tree FOLDER/class/image.jpg: classes are the sorted names of the folders."""
+    """A tree FOLDER/class/image.jpg: classes are the sorted names of the folders. Or a folder of images: one class."""
 
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-    def __init__(self, path, resolution):
-        path, self.resolution, self.files, self.labels = Path(path), resolution, [], []
+    def __init__(self, path, resolution=0):
+        path, self.files, self.labels = Path(path), [], []
         if not path.is_dir():
             raise ValueError(f"no data folder at {path}: expected a tree like {path}/dog/1.jpg, or use --data=tiny")
-        self.classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        if not self.classes:
-            raise ValueError(f"{path} holds no class folders: expected a tree like {path}/dog/1.jpg")
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        self.classes = folders or [path.name]
         for label, name in enumerate(self.classes):
-            entries = sorted(os.listdir(path / name))
-            found = [str(path / name / entry) for entry in entries if entry.lower().endswith(self.SUFFIXES)]
+            folder = path / name if folders else path
+            found = [str(folder / file) for file in sorted(os.listdir(folder)) if file.lower().endswith(self.SUFFIXES)]
             if not found:
-                raise ValueError(f"class folder {path / name} holds no images ({', '.join(self.SUFFIXES)}): "
-                                 "remove it, or point --data at the folder whose subfolders are the classes")
+                raise ValueError(f"class folder {folder} holds no images ({', '.join(self.SUFFIXES)}): remove it, or "
+                                 "name the folder whose subfolders are the classes (or that holds the images)")
             self.files += found
             self.labels += [label] * len(found)
+        self.resolution = resolution or min(Image.open(self.files[0]).size)
 
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, indices):
-        images = []
-        for i in indices:
-            try:
-                with Image.open(self.files[i]) as image:
-                    images.append(center_crop(image, self.resolution))
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                raise ValueError(f"cannot read image {self.files[i]}: {error}. Repair or remove it") from None
-        return torch.stack(images), torch.tensor([self.labels[i] for i in indices])
+    def read(self, i):
+        """-> image i, uint8 [3, R, R]."""
+        try:
+            with Image.open(self.files[i]) as image:
+                return center_crop(image, self.resolution)
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read image {self.files[i]}: {error}. Repair or remove it") from None
 
+    def __getitem__(self, indices):
+        return torch.stack([self.read(i) for i in indices]), torch.tensor([self.labels[i] for i in indices])
 
 class Shapes:
     """The data of the `tiny` world: ten kinds of shapes, drawn on demand, each image a function of its index alone.
@@ -193,11 +196,110 @@ class Shapes:
             polygon(arrow),
         ])
 
+class Packed:
+    """An .npz in ADM's layout, memory-mapped: arr_0 uint8 [N, R, R, 3], labels arr_1 [N] (-1: not an image), classes.
 
-def open_images(path, resolution):
-    """'tiny' or a folder's path -> a data set (see the head of this section). ValueError says what is wrong with it."""
-    return Shapes(resolution) if path == "tiny" else Folder(path, resolution)
+    Such are the files of `vae.py pack`, of sample.py, and ADM's references; the other arrays are in .held.
+    """
 
+    def __init__(self, path):
+        self.path, self.shape, dtype = path, (0, 0, 0, 3), np.uint8
+        try:
+            with np.load(path) as arrays, open(path, "rb") as file:
+                self.held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
+                if "arr_0" in arrays.files:
+                    entry = arrays.zip.getinfo("arr_0.npy")
+                    if entry.compress_type != zipfile.ZIP_STORED:
+                        raise ValueError("arr_0 is compressed: write it with np.savez")
+                    file.seek(entry.header_offset + 26)             # a zip entry: 30 bytes, its name, extras, the array
+                    file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
+                    np.lib.format.read_magic(file)
+                    self.shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                    self.offset = file.tell()
+            labels = self.held.get("arr_1", np.zeros(self.shape[0], np.int64))
+            top = min(int(labels.max(initial=0)), 2**20)
+            self.classes = [str(name) for name in self.held.get("classes", range(top + 1))]
+            if labels.shape != self.shape[:1] or labels.min(initial=0) < -1 or top >= len(self.classes):
+                raise ValueError(f"arr_1 {list(labels.shape)} are no labels of {self.shape[0]} images in "
+                                 f"{len(self.classes)} classes")
+        except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no .npz of images ({first_line(error)})") from None
+        if len(self.shape) != 4 or self.shape[1:] != (self.shape[1], self.shape[1], 3) or dtype != np.uint8:
+            raise ValueError(f"{path}: arr_0 is {dtype} {list(self.shape)}, expected uint8 [N, R, R, 3]")
+        self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
+        self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, indices):
+        rows = self.rows[list(indices)]
+        images = np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[rows]
+        for row, image in zip(rows, images if "checksums" in self.held else ()):
+            if zlib.crc32(image) != self.held["checksums"][row]:
+                raise ValueError(f"{self.path}: image {row} is damaged (its checksum differs): pack the folder again")
+        return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[list(indices)]
+
+def write_npz(path, shape, images, **arrays):
+    """Images uint8 [3, R, R], N of them in turn, to an .npz in ADM's layout: arr_0 of this shape (N, R, R, 3), never
+    whole in memory, then arrays (read when the images are through). Complete or not there, the same bytes each time."""
+    temporary = Path(f"{path}.tmp")
+    with zipfile.ZipFile(temporary, "w") as file:
+        with file.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+            for image in images:
+                entry.write(image.permute(1, 2, 0).contiguous().numpy())
+        for name, array in arrays.items():
+            with file.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+def pack(folder: str, out: str, resolution: int = 256):
+    """Crops a tree of images once, on all cores, into the .npz that --data takes in its place, with checksums. Images
+    that can't be read are named, counted and left out."""
+    data, labels, checksums, unreadable = Folder(folder, resolution), [], [], []
+
+    def read(i):
+        try:
+            return data.read(i)
+        except ValueError as error:
+            return error
+
+    def images():
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in tqdm(range(0, len(data), 512), "packing", unit_scale=512):
+                block = range(first, min(first + 512, len(data)))
+                for i, image in zip(block, pool.map(read, block)):
+                    labels.append(data.labels[i])
+                    if isinstance(image, ValueError):
+                        print(image, flush=True)
+                        unreadable.append(data.files[i])
+                        image, labels[-1] = torch.zeros(3, resolution, resolution, dtype=torch.uint8), -1
+                    checksums.append(zlib.crc32(image.permute(1, 2, 0).contiguous().numpy()))
+                    yield image
+    write_npz(out, (len(data), resolution, resolution, 3), images(), arr_1=labels, classes=data.classes,
+              checksums=checksums, unreadable=unreadable)
+    print(f"{out}: {len(data) - len(unreadable)} images, {len(unreadable)} unreadable")
+
+def open_images(path, resolution=0):
+    """'tiny', an .npz or a folder's path -> a data set (see the head of this section), cropped to R; 0: as it comes
+    (32 px, or the first image's size). ValueError says what is wrong with it."""
+    if path == "tiny":
+        return Shapes(resolution or 32)
+    data = Packed(path) if path.endswith(".npz") else Folder(path, resolution)
+    if resolution not in (0, data.resolution):
+        raise ValueError(f"{path} holds images of {data.resolution} px, expected {resolution}")
+    return data
+
+def principal_colours(z, side):
+    """Latents [M, C, h, w] -> uint8 [M, 3, side, side]: their first three principal components as red, green, blue."""
+    flat = z.permute(0, 2, 3, 1).flatten(0, 2)                                      # [M h w, C]
+    rgb = (flat - flat.mean(0)) @ torch.linalg.eigh(flat.T.cov())[1].flip(1)[:, :3]
+    low, high = (torch.as_tensor(np.quantile(rgb.numpy(), q, 0), dtype=rgb.dtype) for q in (0.01, 0.99))
+    rgb = ((rgb - low) / (high - low) * 2 - 1).view(len(z), *z.shape[2:], 3).permute(0, 3, 1, 2)
+    return to_uint8(F.interpolate(rgb, (side, side), mode="nearest"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The autoencoder (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G).
@@ -218,14 +320,12 @@ class VAEConfig:
     def downsampling(self):
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
-
 VAES = {
     "f8d4": VAEConfig(),
     "f16d32": VAEConfig(z_channels=32, ch_mult=(1, 1, 2, 2, 4), attn_last=True),
     "f8d16": VAEConfig(z_channels=16, quant_conv=False),
     "tiny": VAEConfig(z_channels=8, ch=64, ch_mult=(1,), num_res_blocks=1, groups=8, patch=4),
 }
-
 
 class ResBlock(nn.Module):
     """x [B, c_in, h, w] -> [B, c_out, h, w]: x + conv(silu(norm(conv(silu(norm(x))))))."""
@@ -242,7 +342,6 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-
 class Attention(nn.Module):
     """Self-attention over the h*w positions, one head of width c."""
 
@@ -257,7 +356,6 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
-
 class Downsample(nn.Module):
     """[B, c, h, w] -> [B, c, h/2, w/2]: padded on the right and at the bottom only, as in latent-diffusion."""
 
@@ -267,7 +365,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
 
 class Upsample(nn.Module):
     """[B, c, h, w] -> [B, c, 2h, 2w]."""
@@ -279,14 +376,12 @@ class Upsample(nn.Module):
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-
 def make_level(c_in, c_out, blocks, groups, attention):
     """The blocks of one resolution, .block and .attn (empty or as many)."""
     level = nn.Module()
     level.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
     level.attn = nn.ModuleList(Attention(c_out, groups) for _ in range(blocks if attention else 0))
     return level
-
 
 def run_level(level, h):
     for i, block in enumerate(level.block):
@@ -295,12 +390,10 @@ def run_level(level, h):
             h = level.attn[i](h)
     return h
 
-
 def make_middle(c, groups):
     mid = nn.Module()
     mid.block_1, mid.attn_1, mid.block_2 = ResBlock(c, c, groups), Attention(c, groups), ResBlock(c, c, groups)
     return mid
-
 
 class Encoder(nn.Module):
     """float [B, 3, R, R] -> moments [B, 2C, h, w]."""
@@ -328,7 +421,6 @@ class Encoder(nn.Module):
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))                      # [B, ch * ch_mult[-1], h, w]
         return self.conv_out(F.silu(self.norm_out(h)))
 
-
 class Decoder(nn.Module):
     """latents [B, C, h, w] -> float [B, 3, R, R]."""
 
@@ -355,7 +447,6 @@ class Decoder(nn.Module):
             h = level.upsample(h) if hasattr(level, "upsample") else h                  # side doubles, but at the first
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
-
 
 class VAE(nn.Module):
     """AutoencoderKL. forward(x, noise) is one training pass; encode, sample and decode are its parts."""
@@ -409,7 +500,6 @@ class VAE(nn.Module):
         z = self.sample(mean, logvar, noise)
         return z, self.decode(z).float(), mean, logvar
 
-
 class Discriminator(nn.Module):
     """PatchGAN with three strided layers (Isola et al., pix2pix): float [B, 3, R, R] -> logits, one per patch."""
 
@@ -432,7 +522,6 @@ class Discriminator(nn.Module):
     def forward(self, x):
         return self.main(x)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The losses of the VAE and of the discriminator. All in float32.
 
@@ -440,28 +529,23 @@ def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)): summed over the latents' dimensions, averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
-
 def reconstruction_loss(x, rec, kind="l1"):
     """Mean absolute ("l1", the released configuration) or squared ("l2", the paper's text) error, pixels in [-1, 1]."""
     return F.l1_loss(rec.float(), x) if kind == "l1" else F.mse_loss(rec.float(), x)
-
 
 def generator_loss(fake_logits):
     """The VAE's side of the hinge GAN: - mean D(rec)."""
     return -fake_logits.float().mean()
 
-
 def discriminator_loss(real_logits, fake_logits):
     """Hinge: 1/2 mean relu(1 - D(x)) + 1/2 mean relu(1 + D(rec))."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
-
 
 def adaptive_gan_weight(nll, gan, last_layer):
     """LDM's balance of the two gradients at the decoder's last layer: |d nll| / |d gan|, at most 1e4, no gradient."""
     d_nll, = torch.autograd.grad(nll, last_layer, retain_graph=True)
     d_gan, = torch.autograd.grad(gan, last_layer, retain_graph=True)
     return (d_nll.float().norm() / (d_gan.float().norm() + 1e-4)).clamp(0, 1e4).detach()
-
 
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al. 2018) on VGG16 features, frozen: x, rec float in [-1, 1] -> scalar.
@@ -495,32 +579,69 @@ class Perceptual(nn.Module):
         return sum(lin(F.mse_loss(f, g, reduction="none")).mean()
                    for lin, f, g in zip(self.net.lins, self.features(rec.float()), target))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading. Everything is read with weights_only=True: nothing in a file is ever executed.
 
-HUB = "https://huggingface.co/REPA-E/{name}/resolve/main/{name}-{kind}{suffix}.pt"
-PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # name -> preset
+HUB = "https://huggingface.co/{}/resolve/main/{}"
+PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # the authors' start VAEs: name -> preset
 
+def known(name):
+    """-> a repository of huggingface.co and its files, the weights last; None for other names."""
+    if name in PUBLISHED:
+        parts = ("-latents-stats", "-discriminator-ckpt", "")
+        return f"REPA-E/{name}", [f"{name}-{PUBLISHED[name]}{part}.pt" for part in parts]
+    if name in ("sit-repae-sdvae", "sit-repae-invae", "sit-repae-vavae"):
+        return f"REPA-E/{name}", ["args.json", "checkpoints/0400000.pt"]
+    owner, _, rest = name.removeprefix("hf:").partition("/")            # hf:OWNER/NAME[/FOLDER]: an AutoencoderKL
+    repository, *folder = rest.split("/")
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    return (f"{owner}/{repository}", ["/".join([*folder, file]) for file in files]) if name.startswith("hf:") else None
+
+def download(repository, files):
+    """-> the local path of the last file. Each is downloaded once, to torch.hub's cache."""
+    for file in files:
+        target = Path(torch.hub.get_dir()) / "checkpoints" / repository.replace("/", "--") / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            url = HUB.format(repository, file)
+            try:
+                torch.hub.download_url_to_file(url, str(target))
+            except OSError as error:
+                raise ValueError(f"cannot download {url} ({error}): put that file at {target}, "
+                                 "or name a local file") from None
+    return target
+
+def find_checkpoint(name):
+    """A file; a folder (a run's, also the authors': its newest checkpoint; diffusers': its weights); or a known name,
+    which is downloaded -> the path of the weights."""
+    path = Path(name)
+    if not path.exists() and known(str(name)):
+        return download(*known(str(name)))
+    if not path.is_dir():
+        return path
+    steps = [p for p in [*path.glob("*.pt"), *path.glob("checkpoints/*.pt")] if re.fullmatch(r"(step_)?\d{7,}", p.stem)]
+    weights = [p for p in (path / f"diffusion_pytorch_model.{end}" for end in ("safetensors", "bin")) if p.exists()]
+    if not steps and not weights:
+        raise ValueError(f"{path} holds no checkpoint (step_0000000.pt): name a run's folder or a file")
+    return max(steps, key=lambda p: int(p.stem.removeprefix("step_"))) if steps else weights[0]
 
 def first_line(error):
     """What an exception says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
-
-def read_weights(path, mmap=False):
-    """A .pt file -> its content (tensors, numbers, dicts). ValueError in one line if it isn't such a file."""
+def read_weights(path, mmap=True):
+    """A .pt file -> its content (tensors, numbers, dicts), of which only what is used comes into memory. ValueError in
+    one line if it isn't such a file."""
     import argparse
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"no file at {path}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is no file of weights (or holds more than weights, which is never loaded)") from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from None
-
 
 def load_strict(module, state, what):
     """load_state_dict that names the first missing, unexpected and misshapen keys in one line."""
@@ -535,19 +656,7 @@ def load_strict(module, state, what):
     module.load_state_dict(state)
     return module
 
-
-def find_checkpoint(path):
-    """A checkpoint's path, or a run's folder -> the path of its newest checkpoint."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    steps = [p for p in path.iterdir() if re.fullmatch(r"step_\d{7,}\.pt", p.name)]
-    if not steps:
-        raise ValueError(f"{path} holds no checkpoint (step_0000000.pt): name a run's folder or a file")
-    return max(steps, key=lambda p: int(p.stem[5:]))
-
-
-def guess_config(state):
+def guess_config(state, path="the file"):
     """The architecture of a VAE with latent-diffusion's names, read off its shapes (GroupNorm: 32 groups)."""
     try:
         ch, levels = state["encoder.conv_in.weight"].shape[0], 0
@@ -559,8 +668,7 @@ def guess_config(state):
                          attn_last=f"encoder.down.{levels - 1}.attn.0.q.weight" in state,
                          quant_conv="quant_conv.weight" in state)
     except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"no VAE with latent-diffusion's names: {first_line(error)}") from None
-
+        raise ValueError(f"{path} holds no VAE with latent-diffusion's or diffusers' names: no {error}") from None
 
 def config_from_dict(cls, values):
     """A dataclass from a checkpoint's dict (lists back to tuples, unknown keys refused)."""
@@ -569,59 +677,245 @@ def config_from_dict(cls, values):
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: written by a newer version?")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
-
 def load_vae(name):
     """A VAE by name or path -> (vae, stats, disc).
 
-    `name` is one of: `sdvae`, `invae`, `vavae` (the authors' start weights, downloaded once to torch.hub's cache);
-    a preset of VAES (random weights: a VAE from scratch); a .pt file with latent-diffusion's names, beside which
-    `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` are looked for; one of our checkpoints, or a run's
-    folder (the newest one in it).
+    `name` is one of: a preset of VAES (random weights: a VAE from scratch); `sdvae`, `invae`, `vavae` (the authors'
+    start weights), `hf:OWNER/NAME[/FOLDER]` (a diffusers AutoencoderKL), both downloaded once to torch.hub's cache;
+    a checkpoint of ours or of the authors, or a run's folder; an AutoencoderKL's folder; a file with
+    latent-diffusion's names, beside which `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` are looked for.
     stats: None or (mean, var), [C] each, the latents' statistics. disc: None or the discriminator's state dict.
     """
     if name in VAES:
         return VAE(VAES[name]), None, None
-    path = Path(name) if name not in PUBLISHED else download(name)
-    path = find_checkpoint(path)
-    file = read_weights(path)
-    if not isinstance(file, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, not a VAE's weights")
-    if {"vae", "vae_config"} <= file.keys():                            # one of our checkpoints
-        config = config_from_dict(VAEConfig, file["vae_config"])
-        vae = load_strict(VAE(config), file.get("vae_ema") or file["vae"], str(path))
-        ema = file.get("ema") or {}
-        stats = (ema["bn.running_mean"], ema["bn.running_var"]) if "bn.running_mean" in ema else None
-        return vae, stats, file.get("discriminator")
-    state = file.get("state_dict", file)
+    path, stats, disc = find_checkpoint(name), None, None
+    file = read_safetensors(path) if path.suffix == ".safetensors" else read_weights(path)
+    state = file.get("vae_ema") or file.get("vae", file.get("state_dict", file)) if isinstance(file, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: its state_dict is a {type(state).__name__}, not a VAE's weights")
-    vae = load_strict(VAE(guess_config(state)), state, str(path))
-    stem, stats, disc = str(path).removesuffix(".pt"), None, None
-    if os.path.exists(f"{stem}-latents-stats.pt"):
-        saved = read_weights(f"{stem}-latents-stats.pt")                # scale = 1 / std, bias = mean, [1, C, 1, 1]
-        if not isinstance(saved, dict) or not {"latents_scale", "latents_bias"} <= saved.keys():
-            raise ValueError(f"{stem}-latents-stats.pt lacks latents_scale and latents_bias")
-        stats = saved["latents_bias"].flatten().float(), saved["latents_scale"].flatten().double().pow(-2).float()
-        if stats[0].numel() != vae.cfg.z_channels or stats[1].numel() != vae.cfg.z_channels:
-            raise ValueError(f"{stem}-latents-stats.pt has {stats[0].numel()} channels, the VAE {vae.cfg.z_channels}")
-    if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
-        disc = read_weights(f"{stem}-discriminator-ckpt.pt")
-        if not isinstance(disc, dict) or "main.0.weight" not in disc:
-            raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
-    return vae, stats, disc
+        raise ValueError(f"{path} holds a {type(file).__name__}, not a VAE's weights")
+    if "vae" in file:                                                   # a checkpoint with all networks
+        cfg = config_from_dict(VAEConfig, file["vae_config"]) if "vae_config" in file else guess_config(state, path)
+        ema, disc = file.get("ema") or {}, file.get("discriminator")
+        stats = (ema["bn.running_mean"], ema["bn.running_var"]) if "bn.running_mean" in ema else None
+    elif "encoder.conv_norm_out.weight" in state:
+        cfg, state, stats = from_diffusers(path, state)
+    else:
+        cfg, stem = guess_config(state, path), str(path).removesuffix(".pt")
+        if os.path.exists(f"{stem}-latents-stats.pt"):                  # scale = 1 / std, bias = mean, [1, C, 1, 1]
+            saved = read_weights(f"{stem}-latents-stats.pt")
+            if not isinstance(saved, dict) or not {"latents_scale", "latents_bias"} <= saved.keys():
+                raise ValueError(f"{stem}-latents-stats.pt lacks latents_scale and latents_bias")
+            stats = saved["latents_bias"].flatten().float(), saved["latents_scale"].flatten().double().pow(-2).float()
+        if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
+            disc = read_weights(f"{stem}-discriminator-ckpt.pt")
+            if not isinstance(disc, dict) or "main.0.weight" not in disc:
+                raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
+    if stats and {len(stats[0]), len(stats[1])} != {cfg.z_channels}:
+        raise ValueError(f"{path}: statistics of {len(stats[0])} channels beside a VAE of {cfg.z_channels}")
+    return load_strict(VAE(cfg), state, str(path)), stats, disc
 
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers' AutoencoderKL, both ways: the same network under other names.
 
-def download(name):
-    """The authors' three files of a VAE -> the local path of its weights, in torch.hub's cache."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+DIFFUSERS_NAMES = (
+    ("down.", "down_blocks."), ("up.", "up_blocks."), ("mid.block_1.", "mid_block.resnets.0."),
+    ("mid.block_2.", "mid_block.resnets.1."), ("mid.attn_1.", "mid_block.attentions.0."), (".block.", ".resnets."),
+    (".attn.", ".attentions."), ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
+    ("downsample.", "downsamplers.0."), ("upsample.", "upsamplers.0."), (".q.", ".to_q."), (".k.", ".to_k."),
+    (".v.", ".to_v."), (".proj_out.", ".to_out.0."))
+OLD_NAMES = ((".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))   # until 2023
+
+def rename(key, levels, outward):
+    """A parameter's name here -> there (outward) or back; the decoder's levels are counted the other way there."""
+    for ours, theirs in DIFFUSERS_NAMES:
+        key = key.replace(ours, theirs) if outward else key.replace(theirs, ours)
+    for theirs, ours in OLD_NAMES:
+        key = key if outward else key.replace(theirs, ours)
+    key = re.sub(r"(decoder\.up\w*)\.(\d+)", lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", key)
+    return re.sub(r"(attentions\.\d+)\.norm", r"\1.group_norm", key) if outward else key.replace("group_norm", "norm")
+
+def from_diffusers(path, theirs):
+    """-> VAEConfig, state dict under our names, stats (None without the config.json beside the weights)."""
+    levels = 1 + max(int(found[1]) for key in theirs if (found := re.match(r"encoder\.down_blocks\.(\d+)", key)))
+    state = {rename(key, levels, False): value.float() for key, value in theirs.items()}
+    state = {key: value[..., None, None] if value.dim() == 2 else value for key, value in state.items()}  # Linear: 1x1
+    cfg, file = guess_config(state, path), path.parent / "config.json"
+    if not file.exists():
+        return cfg, state, None
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {first_line(error)}") from None
+    mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * cfg.z_channels
+    std = config.get("latents_std") or [1 / config.get("scaling_factor", 0.18215)] * cfg.z_channels
+    stats = torch.tensor(mean).flatten(), torch.tensor(std, dtype=torch.float64).flatten().square().float()
+    return replace(cfg, groups=config.get("norm_num_groups", 32)), state, stats
+
+def export(checkpoint: str, to: str):
+    """Writes a VAE into the folder `to`: as diffusers' AutoencoderKL, with zn = (z - latents_mean) / latents_std, and
+    as the authors' NAME.pt, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt, where NAME is the folder's."""
+    (vae, stats, disc), out = load_vae(checkpoint), Path(to)
+    cfg, state, levels = vae.cfg, vae.state_dict(), len(vae.cfg.ch_mult)
+    if cfg.patch > 1 or cfg.sigma or cfg.groups != 32:
+        raise ValueError(f"{checkpoint}: published formats have no VAE with patch, sigma or {cfg.groups} groups (tiny)")
+    attn = "Attn" * cfg.attn_last
+    config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": cfg.z_channels,
+              "block_out_channels": [cfg.ch * m for m in cfg.ch_mult], "layers_per_block": cfg.num_res_blocks,
+              "down_block_types": ["DownEncoderBlock2D"] * (levels - 1) + [f"{attn}DownEncoderBlock2D"],
+              "up_block_types": [f"{attn}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * (levels - 1),
+              "norm_num_groups": cfg.groups, "act_fn": "silu", "sample_size": 32 * cfg.downsampling,
+              "use_quant_conv": cfg.quant_conv, "use_post_quant_conv": cfg.quant_conv, "scaling_factor": 1.0}
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(state, out / f"{out.name}.pt")
+    if stats:
+        config |= {"latents_mean": stats[0].tolist(), "latents_std": stats[1].double().sqrt().tolist()}
+        scale, bias = stats[1].double().rsqrt().float(), stats[0]
+        torch.save({"latents_scale": scale.view(1, -1, 1, 1), "latents_bias": bias.view(1, -1, 1, 1)},
+                   out / f"{out.name}-latents-stats.pt")
+    if disc:
+        torch.save(disc, out / f"{out.name}-discriminator-ckpt.pt")
+    linear = re.compile(r"attn.*\.(q|k|v|proj_out)\.weight")            # 1x1 convolutions here
+    write_safetensors(out / "diffusion_pytorch_model.safetensors", {
+        rename(key, levels, True): value.flatten(1) if linear.search(key) else value for key, value in state.items()})
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    print(f"{to}: a diffusers AutoencoderKL and {out.name}*.pt" + ("" if stats else ", without latents' statistics"))
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64}
+
+def read_safetensors(path):
+    """8 bytes (the length of the header), the header in JSON, raw bytes -> dict of tensors."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header, raw = json.loads(file.read(min(size, 10**8))), bytearray(file.read())
+        tensors = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                kind = SAFETENSORS[entry["dtype"]]
+                tensors[name] = torch.frombuffer(raw[first:last], dtype=kind).view(entry["shape"])
+        return tensors
+    except FileNotFoundError:
+        raise ValueError(f"no file at {path}") from None
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no .safetensors: {first_line(error)}") from None
+
+def write_safetensors(path, tensors):
+    """Dict of tensors -> file, in float32."""
+    header, end = {}, 0
+    for name, value in tensors.items():
+        first, end = end, end + 4 * value.numel()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in tensors.values():
+            file.write(value.float().contiguous().numpy().tobytes())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A cache of latents for runs with a frozen VAE, a folder: latents.npy float16 [N, 2, C, h, w], mean and std of each
+# image's posterior; checksums.npy [N], 0 where there are none yet; cache.json, what VAE and data these belong to.
+
+def identity(vae, data):
+    """What a cache belongs to: the VAE's weights; the data's classes, labels and size (a folder and its pack agree)."""
+    weights, labels = hashlib.sha256(), hashlib.sha256(json.dumps([data.classes, data.resolution]).encode())
+    for value in vae.state_dict().values():
+        weights.update(value.cpu().contiguous().numpy().tobytes())
+    labels.update(np.asarray(getattr(data, "labels", len(data)), np.int64).tobytes())
+    return {"VAE": weights.hexdigest(), "data": labels.hexdigest()}
+
+def shared_array(path, dtype, shape):
+    """A memory-mapped .npy, of zeros where nothing was written; many processes may open it at once."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
+    return np.lib.format.open_memmap(path, "r+")
+
+@torch.no_grad()
+def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int = 64):
+    """Makes the cache, in float32, on as many processes as torchrun starts: each encodes its part of the images. The
+    same command goes on after a kill."""
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    images, vae, folder = open_images(data, resolution), load_vae(checkpoint)[0], Path(out)
+    N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(vae, images)
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("-latents-stats", "-discriminator-ckpt", ""):
-        url = HUB.format(name=name, kind=PUBLISHED[name], suffix=suffix)
-        target = folder / url.split("/")[-1]
-        if not target.exists():
-            try:
-                torch.hub.download_url_to_file(url, str(target))
-            except OSError as error:
-                raise ValueError(f"cannot download {url} ({error}): put that file at {target}, "
-                                 "or give --vae the path of a VAE") from None
-    return target
+    if not (folder / "cache.json").exists():
+        (folder / f"cache.json.{rank}").write_text(json.dumps(about))
+        (folder / f"cache.json.{rank}").replace(folder / "cache.json")
+    if json.loads((folder / "cache.json").read_text()) != about:
+        raise ValueError(f"{out} is a cache of another VAE or of other data: name another folder, or remove it")
+    latents = shared_array(folder / "latents.npy", "<f2", (N, 2, vae.cfg.z_channels, side, side))
+    checksums = shared_array(folder / "checksums.npy", "<u4", (N,))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    vae.to(device, memory_format=torch.channels_last).eval()
+    todo = [i for i in range(rank * N // world, (rank + 1) * N // world) if not checksums[i]]
+    todo = [todo[i : i + batch] for i in range(0, len(todo), batch)]
+    loader = torch.utils.data.DataLoader(images, batch_size=None, sampler=todo, num_workers=min(8, os.cpu_count()))
+    for rows, (x, _) in zip(todo, tqdm(loader, "encoding", disable=rank > 0)):
+        mean, logvar = vae.encode(to_float(x.to(device)))
+        latents[rows] = moments = torch.stack([mean, (logvar / 2).exp()], 1).half().cpu().contiguous().numpy()
+        latents.flush()                     # on the disk before it counts
+        checksums[rows] = [zlib.crc32(row) or 1 for row in moments]
+    checksums.flush()
+
+class Cached:
+    """A data set and its cache: data[[i, ...]] -> images, labels, moments float16 [B, 2, C, h, w] (mean, std).
+
+    images=False: the images are not read; [B, 3, 0, 0].
+    """
+
+    def __init__(self, data, folder, vae, images=True):
+        self.data, self.path, self.images = data, Path(folder) / "latents.npy", images
+        try:
+            about = json.loads((self.path.parent / "cache.json").read_text())
+            self.checksums = np.load(self.path.parent / "checksums.npy")
+            np.load(self.path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder} is no cache of vae.py encode ({first_line(error)})") from None
+        for what, own in identity(vae, data).items():
+            if about.get(what) != own:
+                raise ValueError(f"{folder} is the cache of another {what}: make one by vae.py encode")
+        if len(self.checksums) != len(data) or not self.checksums.all():
+            raise ValueError(f"{folder} is not complete: run the same vae.py encode again")
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, indices):
+        moments = np.load(self.path, mmap_mode="r")[list(indices)]
+        for i, row in zip(indices, moments):
+            if (zlib.crc32(row) or 1) != self.checksums[i]:
+                raise ValueError(f"{self.path}: row {i} is damaged: remove the folder and encode again")
+        images, labels = self.data[indices] if self.images else (
+            torch.zeros(len(moments), 3, 0, 0, dtype=torch.uint8), torch.as_tensor(self.data.labels)[list(indices)])
+        return images, labels, torch.from_numpy(moments)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command: python vae.py export|pack|encode|reconstruct; the arguments of these functions are its options.
+
+@torch.no_grad()
+def reconstruct(checkpoint: str, images: str, out: str = "reconstructions.png", resolution: int = 0, count: int = 8):
+    """A picture with a row for each of `count` images (tiny, a folder, an .npz): itself, its reconstruction, and its
+    latents' three principal components as colours. Prints the rows' PSNR."""
+    from sample import grid, save_png
+    data, vae = open_images(images, resolution), load_vae(checkpoint)[0].eval()
+    x, _ = data[np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()]
+    z, _ = vae.encode(to_float(x))
+    rec = to_uint8(vae.decode(z))
+    for i, error in enumerate((x.double() - rec).square().mean((1, 2, 3))):
+        print(f"row {i + 1}: PSNR {10 * math.log10(255**2 / max(error, 1e-9)):.2f} dB")
+    save_png(out, grid(torch.stack([x, rec, principal_colours(z, data.resolution)], 1).flatten(0, 1), 3))
+    print(f"{out}: image | reconstruction | latents")
+
+def main(argv):
+    from sample import nearest, parse
+    commands = {"export": export, "pack": pack, "encode": encode, "reconstruct": reconstruct}
+    if not argv or argv[0] not in commands:
+        raise ValueError(f"unknown command {argv[0] if argv else ''!r}{nearest(argv[0] if argv else '', commands)}")
+    parse(commands[argv[0]], argv[1:])
+
+if __name__ == "__main__":
+    from sample import friendly
+    friendly(main)()

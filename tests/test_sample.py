@@ -25,10 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["disc", "ring", "star"]
 M, STD = 0.7, 0.4               # the Gaussian that the analytic velocity leads to
 
-
 def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 def gaussian(path, calls=None):
     """E[v | z_t = z] for data N(M, STD^2). Its ODE keeps (z - alpha M) / std_t: z at t = 0 is M + STD z at t = 1."""
@@ -39,7 +37,6 @@ def gaussian(path, calls=None):
         var = alpha**2 * STD**2 + sigma**2
         return d_alpha * M + (d_alpha * alpha * STD**2 + d_sigma * sigma) / var * (z - alpha * M)
     return velocity
-
 
 def checkpoint(path, sit=True, **more):
     """A small checkpoint as train.py writes it, all weights random (a new SiT's velocity is 0)."""
@@ -54,15 +51,26 @@ def checkpoint(path, sit=True, **more):
     torch.save(file | ({"ema": net.state_dict(), "sit_config": asdict(sit_config)} if sit else {}) | more, path)
     return vae, net
 
+def published(path, sit_only=False, **more):
+    """The same as the authors save it, weights without a configuration of ours, of nets whose shapes tell theirs."""
+    vae = VAE(VAEConfig(z_channels=4, ch=32, ch_mult=(1, 2), num_res_blocks=1))
+    sit = SiT(SiTConfig(2, 64, 1, 2, 4, 4, 3, (6,), 1, 8))
+    for i, p in enumerate(sit.parameters()):
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(i))
+    sit.bn.set(torch.tensor([1.0, 0, -1, 0.5]), torch.tensor([1.0, 2, 0.5, 1]))
+    nets = {"vae": vae.state_dict(), "discriminator": {"main.0.weight": torch.zeros(1)}, "opt_vae": {}, "opt_disc": {}}
+    args = Namespace(model="SiT-XL/2", encoder_depth=1, path_type="linear", cfg_prob=0.1, vae_ckpt=None, batch_size=256)
+    file = {"model": {}, "ema": sit.state_dict(), "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "args": args,
+            "steps": 400_000} | ({} if sit_only else nets) | more
+    torch.save(file, path)
+    return vae, sit, file
 
 def levels(a, b):
     """The largest difference of two arrays of pixels, in grey levels."""
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Solvers.
-
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("name, order, calls", [("euler", 1, 80), ("heun", 2, 159), ("ab2", 2, 80)])
@@ -74,7 +82,6 @@ def test_order_of_convergence(name, order, calls, path):
     solve(gaussian(path, seen), z, 80)
     assert len(seen) == calls and seen[0] == 1 and seen == sorted(seen, reverse=True) and min(seen) > 0
 
-
 def test_solvers_by_hand():
     """One step each, from the definition: dz/dt = t z from t = 1 to 0."""
     z = torch.tensor([1.0], dtype=torch.float64)
@@ -83,7 +90,6 @@ def test_solvers_by_hand():
     heun = 1 - 0.25 * (1 + 0.5 * 0.5)                               # then Euler: 1/2 of 1/2
     assert P.heun(lambda z, t: t * z, z, 2).item() == pytest.approx(heun * 0.75)
     assert P.ab2(lambda z, t: t * z, z, 2).item() == pytest.approx(0.5 - 0.5 * (1.5 * 0.5 * 0.5 - 0.5 * 1))
-
 
 def moments(path, steps, t_last):
     """Mean and std that the reverse SDE's Euler steps have from N(0, 1), each step being affine in z: by recursion."""
@@ -95,7 +101,6 @@ def moments(path, steps, t_last):
         mean = mean + dt * (d_alpha * M + slope * (mean - alpha * M))
         var = var * (1 + dt * slope) ** 2 + (2 * t * -dt if t_next else 0)
     return mean, math.sqrt(var)
-
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 @pytest.mark.parametrize("steps, t_last", [(50, 0.04), (500, 0.002)])
@@ -111,7 +116,6 @@ def test_sde(path, steps, t_last):
     assert abs(z.mean() - mean) < 4 * STD / n**0.5 and abs(z.std() / std - 1) < 4 / (2 * n) ** 0.5
     assert t_last > 0.01 or mean == pytest.approx(M, abs=0.002) and std == pytest.approx(STD, rel=0.003)
 
-
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_sde_by_hand(path):
     """Published steps: t from 1 to 0.04, drift v - w/2 score, noise sqrt(w dt), w(t) = 2t; the last without noise."""
@@ -126,10 +130,8 @@ def test_sde_by_hand(path):
         z = z - (t - t_next) * (gaussian(path)(z, t) - t * score) + math.sqrt(2 * t * (t - t_next)) * eps
     assert torch.allclose(result, z, atol=1e-10)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Guidance.
-
 
 def test_guided():
     """v_null + scale (v_y - v_null) in one call of 2B inside the interval (ends too), v_y in one call of B outside."""
@@ -148,10 +150,8 @@ def test_guided():
         assert sizes.pop() == batch and not sizes and v.dtype == torch.float64
         assert torch.allclose(v, z * t + label[:, None], atol=1e-5)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model.
-
 
 def test_model_in_three_lines(tmp_path):
     """Image i is a function of (seed, i, label, settings): not of the batch, of a call's start, or of other dice."""
@@ -172,7 +172,6 @@ def test_model_in_three_lines(tmp_path):
         assert levels(model([1] * 7, **options)[0], whole[0]) > 1               # the label and guidance matter
         assert levels(model(labels, steps=4, solver=solver), whole) > 1
 
-
 def test_model_by_hand(tmp_path):
     """What is decoded: the EMA SiT's velocity, bn's statistics undone, the averaged VAE where there is one."""
     plain, sit = checkpoint(tmp_path / "m.pt")
@@ -187,12 +186,74 @@ def test_model_by_hand(tmp_path):
             assert levels(model([1], steps=3, solver="euler", seed=5), to_uint8(vae.decode(z.float()))) <= 1
             assert model.step == 7 and model.classes == CLASSES and not model.vae.training and not model.sit.training
 
+def test_published_checkpoint(tmp_path):
+    """The authors' files play as ours: the same networks, written in either format, give the same images."""
+    vae, sit, _ = published(tmp_path / "0400000.pt")
+    checkpoint(tmp_path / "step_0000007.pt", vae=vae.state_dict(), vae_config=asdict(vae.cfg), ema=sit.state_dict(),
+               sit_config=asdict(sit.cfg))
+    theirs, ours = (P.load_model(tmp_path / name) for name in ("0400000.pt", "step_0000007.pt"))
+    assert theirs.sit.cfg == sit.cfg and theirs.vae.cfg == vae.cfg and not theirs.vae.training
+    assert theirs.classes == ["0", "1", "2"] and theirs.step == 400_000 and theirs.config == {}
+    options = dict(steps=3, guidance=2.0)
+    assert torch.equal(theirs([0, 2], **options), ours([0, 2], **options)) and ours([0, 2]).float().std() > 5
+
+def test_checkpoint_without_a_vae(tmp_path):
+    """REPA's and frozen-VAE runs need --vae; statistics are the SiT's own, or REPA's 0.18215; else --vae wins."""
+    vae, sit, file = published(tmp_path / "ldm.pt", sit_only=True)
+    bare = {key: value for key, value in file["ema"].items() if not key.startswith("bn.")}
+    torch.save(bare, tmp_path / "repa.pt")
+    small, _ = checkpoint(tmp_path / "ours.pt")
+    other = VAE(VAEConfig(z_channels=8, ch=32, ch_mult=(1, 2), num_res_blocks=1))
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    torch.save(vae.state_dict(), tmp_path / "vae.pt")
+    name = str(tmp_path / "vae.pt")
+    for path, std in (("ldm.pt", (sit.bn.running_var + 1e-4).sqrt()), ("repa.pt", torch.full((4,), 1 / 0.18215))):
+        for wrong, message in (("", "holds no VAE: name one with --vae="), ("f8d4", "untrained"),
+                               (str(tmp_path / "other.pt"), "8 channels, the SiT of 4")):
+            with pytest.raises(ValueError, match=message):
+                P.load_model(tmp_path / path, vae=wrong)
+        model = P.load_model(tmp_path / path, vae=name)
+        assert torch.equal(model.vae.decode(torch.ones(1, 4, 4, 4)), vae.decode(torch.ones(1, 4, 4, 4)))
+        ends = [model.sit.bn.inverse(torch.full((1, 4, 1, 1), x)).flatten() for x in (0.0, 1.0)]
+        assert torch.allclose(ends[1] - ends[0], std) and model([0, 1], steps=2).shape == (2, 3, 8, 8)
+    z = torch.ones(1, 4, 4, 4)
+    assert torch.equal(P.load_model(tmp_path / "ours.pt").vae.decode(z), small.decode(z))
+    assert torch.equal(P.load_model(tmp_path / "ours.pt", vae=name).vae.decode(z), vae.decode(z))
+
+class Malicious:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+def test_damaged_checkpoints(tmp_path):
+    """A missing, an extra and a misshapen weight are named; a file that would execute something is not executed."""
+    path = tmp_path / "x.pt"
+    _, sit, file = published(path)
+    state = file["ema"]
+    name = "blocks.1.mlp.fc1.bias"
+    for wrong, message in (({key: state[key] for key in state if key != name}, f"1 missing .{name}"),
+                           (state | {"blocks.1.mlp.fc3.bias": torch.zeros(1)}, "1 unexpected .blocks.1.mlp.fc3"),
+                           (state | {name: torch.zeros(9)}, f"1 misshapen .{name} is .9,., expected .256,.")):
+        for content in ({**file, "ema": wrong}, {"ema": wrong}, wrong):
+            torch.save(content, path)
+            with pytest.raises(ValueError, match=message) as caught:
+                P.load_model(path)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    torch.save(file | {"args": Malicious(tmp_path / "executed")}, path)
+    with pytest.raises(ValueError, match="holds more than weights") as caught:
+        P.load_model(path)
+    assert not (tmp_path / "executed").exists() and "\n" not in str(caught.value)
+    torch.load(path, weights_only=False)                            # what a careless reader would have done
+    assert (tmp_path / "executed").exists()
 
 def test_seeds():
     """Seeds fit the 32 bits that CPU generators use, and differ between images, seeds and streams."""
     seeds = {P.seed_of(seed, stream, i) for seed in range(5) for stream in ("image", "noise") for i in range(1000)}
     assert len(seeds) == 10_000 and all(0 <= s < 2**32 for s in seeds)
-
 
 def test_labels():
     """balanced: each class equally often; random: by (seed, i) alone, about equally; --classes by name or number."""
@@ -207,7 +268,6 @@ def test_labels():
             P.parse_classes(text, CLASSES)
         assert "unknown class" in str(caught.value)
 
-
 def test_grid(tmp_path):
     """Images lie row by row, black where they end; a small picture is enlarged by a whole factor."""
     images = torch.arange(1, 6).to(torch.uint8)[:, None, None, None].expand(5, 3, 4, 4)
@@ -218,10 +278,8 @@ def test_grid(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     assert picture.shape == (8 * 53, 12 * 53, 3) and (picture[::53, ::53] == sheet.permute(1, 2, 0).numpy()).all()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Options and the command.
-
 
 @dataclass
 class Demo:
@@ -229,7 +287,6 @@ class Demo:
     steps: int = 5
     rate: float = 1.0
     fast: bool = False
-
 
 def test_parse():
     """The order of authority: defaults, presets from left to right, then what is given by name wherever it stands."""
@@ -247,24 +304,20 @@ def test_parse():
         with pytest.raises(ValueError, match=message):
             P.parse(Demo, words, presets)
 
-
 def command(*words, launcher=(), cwd=ROOT):
     return subprocess.run([sys.executable, *launcher, str(ROOT / "sample.py"), *map(str, words)], cwd=cwd, timeout=300,
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
 
 def torchrun(n):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return ["-m", "torch.distributed.run", f"--nproc_per_node={n}", f"--master_port={s.getsockname()[1]}"]
 
-
 @pytest.mark.parametrize("name", [field.name for field in fields(P.Options)])
 def test_options_pass_through_torchrun(name):
     """torchrun must not take an option of ours for an abbreviation of its own (as "--n" would be)."""
     words = ["runs/tiny", f"--{name}=1"]
     assert get_args_parser().parse_args(["--nproc_per_node=8", "sample.py", *words]).training_script_args == words
-
 
 def test_command(tmp_path):
     """A run's path alone gives a grid; .npz has ADM's layout; two processes give the pictures and labels of one."""
@@ -283,18 +336,19 @@ def test_command(tmp_path):
     assert levels(images.permute(0, 2, 3, 1), one["arr_0"]) <= 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "one.npz", "step_0000007.pt", "two.npz"]
 
-
 def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
     """Each mistake ends with exit code 2 and one line on stderr that names it; nothing is written."""
     monkeypatch.chdir(tmp_path)
     checkpoint("vae.pt", sit=False)
     checkpoint("m.pt")
+    published("repa.pt", sit_only=True)
     torch.save({"a": torch.zeros(1)}, "other.pt")
     Path("text.pt").write_text("hello")
     Path("empty.pt").write_text("")
     Path("folder").mkdir()
     before = sorted(os.listdir())
     for words, message in ((["vae.pt"], "holds a VAE without a SiT"), (["other.pt"], "no checkpoint of train.py"),
+                           (["repa.pt"], "name one with --vae="), (["repa.pt", "--vae=tiny"], "tiny is untrained"),
                            (["text.pt"], "text.pt"), (["empty.pt"], "empty.pt"), (["absent.pt"], "absent.pt"),
                            (["folder"], "folder"), ([], "name a checkpoint"), (["m.pt", "--solver=huen"], "mean heun"),
                            (["m.pt", "0"], "at least 1"), (["m.pt", "--steps=1"], "--steps"),
@@ -308,7 +362,6 @@ def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
         assert caught.value.code == 2 and len(lines) == 1, lines
         assert lines[0].startswith("error: ") and message in lines[0]
     assert sorted(os.listdir()) == before
-
 
 def test_mistake_at_the_command_line(tmp_path):
     """The same in a real process: one line, no traceback."""

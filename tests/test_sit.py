@@ -1,8 +1,11 @@
-"""The denoiser: interpolants, the latents' BatchNorm and SiT against autograd, nn.BatchNorm2d, timm and closed forms.
+"""The denoiser: interpolants, the latents' BatchNorm, SiT and its loading against autograd, nn.BatchNorm2d, timm and
+closed forms.
 
     python -m pytest tests/test_sit.py
 """
 import math
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,27 +20,22 @@ PATHS = ["linear", "cosine"]
 TINY = S.SiTConfig(depth=3, width=24, heads=3, patch=2, channels=4, size=8, num_classes=5, teacher_dims=(6, 10),
                    align_depth=2, projector_width=16)
 
-
 def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
 
 def error(a, b):
     """The largest difference, relative to the reference's largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
-
-def randomised(net):
+def randomised(net, std=0.2):
     """Every parameter random: the zeros of adaLN-Zero would hide mistakes."""
     with torch.no_grad():
         for i, p in enumerate(net.parameters()):
-            p.copy_(0.2 * noise(*p.shape, seed=i))
+            p.copy_(std * noise(*p.shape, seed=i))
     return net
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Interpolants.
-
 
 @pytest.mark.parametrize("path", PATHS)
 def test_interpolant(path):
@@ -55,7 +53,6 @@ def test_interpolant(path):
         with pytest.raises(ValueError, match="cubic"):
             wrong()
 
-
 @pytest.mark.parametrize("path", PATHS)
 def test_conversions(path):
     """velocity, data, noise and score are four names of one prediction: each is found again from each other."""
@@ -70,7 +67,6 @@ def test_conversions(path):
                  S.velocity_from_score(score, z_t, t, path)):
         assert torch.allclose(back, v)
 
-
 @pytest.mark.parametrize("path", PATHS)
 def test_score_of_a_gaussian(path):
     """For data N(m, s^2) the score of z_t ~ N(alpha m, alpha^2 s^2 + sigma^2) follows from the expected velocity."""
@@ -83,7 +79,6 @@ def test_score_of_a_gaussian(path):
     score, = torch.autograd.grad(log_p.sum(), z_grad)
     assert torch.allclose(S.score_from_velocity(v, z, t, path), score)
 
-
 @pytest.mark.parametrize("path", PATHS)
 def test_time_weighting(path):
     """lognormal means sigma / alpha = exp(N(0, 1)) on either path; float32 draws of 0 and almost 1 stay inside."""
@@ -95,15 +90,12 @@ def test_time_weighting(path):
     ends = S.time_from_uniform(torch.tensor([0.0, 2**-24, 1 - 2**-24]), "lognormal", path)
     assert ends.dtype == torch.float32 and (0 < ends).all() and (ends < 1).all()
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # LatentNorm against nn.BatchNorm2d.
-
 
 def latents(seed, count=6):
     """Far from unit statistics: float32 sums of squares would not do."""
     return (noise(count, 3, 4, 4, seed=seed) * torch.tensor([0.1, 1, 5])[:, None, None] + 20).float()
-
 
 def test_latent_norm_equals_batch_norm():
     """bn is BatchNorm2d in both modes: outputs, gradients, running statistics, momentum and counter over steps."""
@@ -126,7 +118,6 @@ def test_latent_norm_equals_batch_norm():
         assert error(ours(z), theirs(z.double())) < 1e-5 and error(a.grad, b.grad) < 1e-5
     assert ours.num_batches_tracked == 4
 
-
 def test_commit_of_a_refused_step():
     """A step that is skipped leaves statistics and counter as they were, and nothing of it in the next one."""
     norm, other = S.LatentNorm(3), S.LatentNorm(3)
@@ -141,7 +132,6 @@ def test_commit_of_a_refused_step():
         net.commit(torch.tensor(True))
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers()))
 
-
 def test_micro_batches():
     """Accumulation: unequal micro-batches and one commit give the running statistics of the joint batch."""
     parts, whole = S.LatentNorm(3), S.LatentNorm(3)
@@ -154,7 +144,6 @@ def test_micro_batches():
         net.commit(torch.tensor(True))
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(parts.buffers(), whole.buffers()))
 
-
 def test_inverse_and_set():
     """inverse undoes forward with the same eps (at variances near eps that is half the value), from set statistics."""
     norm, var = S.LatentNorm(3), torch.tensor([1e-4, 1.0, 9.0])
@@ -165,7 +154,6 @@ def test_inverse_and_set():
     assert torch.allclose(norm.inverse(torch.ones(1, 3, 1, 1)).flatten() - norm.running_mean, (var + 1e-4).sqrt())
     assert norm(zn.bfloat16()).dtype == torch.bfloat16 and norm.inverse(zn.double()).dtype == torch.float64
 
-
 def rank_of_two(rank, file, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -175,7 +163,6 @@ def rank_of_two(rank, file, folder):
     norm.commit(torch.tensor(True))
     torch.save((zn.detach(), z.grad, list(norm.buffers())), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
-
 
 def test_two_ranks_equal_one(tmp_path):
     """Two gloo ranks normalise by, and commit, the joint statistics; a gradient flows through a rank's own share."""
@@ -193,10 +180,8 @@ def test_two_ranks_equal_one(tmp_path):
         expected, = torch.autograd.grad((zn * noise(6, 3, 4, 4, seed=9))[own].sum(), z)
         assert error(grad, expected[own]) < 1e-5
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # SiT.
-
 
 def test_counts():
     """SiT-XL/2 has the published number of parameters; pos_embed is a buffer: in checkpoints, in no optimizer."""
@@ -210,7 +195,6 @@ def test_counts():
         final_layer.linear.weight final_layer.adaLN_modulation.1.bias projectors.0.4.bias bn.running_var"""
     assert set(names.split()) <= set(net.state_dict())
     assert net.cfg.tokens == 256
-
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_block_equals_timm(qk_norm):
@@ -234,7 +218,6 @@ def test_block_equals_timm(qk_norm):
     a, b = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours(x, c), expected))
     assert error(a, b) < 1e-12
 
-
 def test_fixed_embeddings():
     """Positions (column, then row; sines, then cosines) and timesteps (cosines, then sines) as in published weights."""
     dim, side = 16, 3
@@ -249,7 +232,6 @@ def test_fixed_embeddings():
     expected = [[f(t * 10000 ** (-k / 128)) for f in (math.cos, math.sin) for k in range(128)] for t in (0.0, 0.3, 1.0)]
     assert torch.allclose(net(torch.tensor([0.0, 0.3, 1.0])), torch.tensor(expected), atol=1e-6)
 
-
 def test_start():
     """adaLN-Zero: a new SiT predicts 0, its blocks are the identity, and the rest follows DiT's initialisation."""
     torch.manual_seed(0)
@@ -263,7 +245,6 @@ def test_start():
     for weight in (net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight):
         assert 0.019 < weight.std() < 0.021
     assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
-
 
 def test_one_network_three_uses():
     """align_only gives forward's tokens without dropout, velocity forward's v; dropped labels are the null class."""
@@ -284,7 +265,6 @@ def test_one_network_three_uses():
         h = block(h, c)
     assert torch.equal(net.projectors[1](h), tokens[1])
 
-
 def test_patches():
     """Tokens run row by row; unpatchify puts (row in the patch, column, channel) back where x_embedder took it from."""
     net, p, n = S.SiT(TINY), 2, 4
@@ -294,7 +274,6 @@ def test_patches():
     assert torch.equal(net.unpatchify(tokens), z)
     weight = net.x_embedder.proj.weight.permute(0, 2, 3, 1).flatten(1)
     assert torch.allclose(net.x_embedder(z), F.linear(tokens, weight, net.x_embedder.proj.bias), atol=1e-5)
-
 
 def test_parse_size():
     """--sit accepts the table's names and any depth-width-heads/patch; anything else is one line that says what is."""
@@ -308,3 +287,122 @@ def test_parse_size():
     for name in ("6-100-3/2", "6-18-3/2", "0-192-3/2"):
         with pytest.raises(ValueError, match="multiple"):
             S.parse_size(name)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading. PLAIN has heads of 64 channels, as every published SiT but XL.
+
+PLAIN = S.SiTConfig(depth=3, width=128, heads=2, patch=2, channels=4, size=8, num_classes=5, teacher_dims=(6, 10),
+                    align_depth=2, projector_width=16)
+
+def loaded(file):
+    """A published checkpoint -> the network, strictly."""
+    cfg, state = S.published_sit(file, "x.pt")
+    net = S.SiT(cfg)
+    net.load_state_dict(state)
+    return net
+
+class OfWillisma(nn.Module):
+    """SiT as willisma/SiT computes it, by its paper: t = 1 is data, the output has 2C channels, the first C count."""
+
+    def __init__(self, depth, width, heads, patch, channels, side, classes):
+        super().__init__()
+        from timm.layers import Mlp
+        from timm.models.vision_transformer import Attention, PatchEmbed
+        self.channels = channels
+        self.x_embedder = PatchEmbed(side, patch, channels, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (side // patch) ** 2, width))
+        self.t_embedder, self.y_embedder, self.final_layer = nn.Module(), nn.Module(), nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.y_embedder.embedding_table = nn.Embedding(classes + 1, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            block = nn.Module()
+            block.attn = Attention(width, heads, qkv_bias=True)
+            block.mlp = Mlp(width, 4 * width, act_layer=partial(nn.GELU, approximate="tanh"))
+            block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.blocks.append(block)
+        self.final_layer.linear = nn.Linear(width, patch * patch * 2 * channels)
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, z, t, y):
+        def norm(x, shift, scale):
+            return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        x = self.x_embedder(z) + self.pos_embed
+        angles = [[time * 10000 ** (-k / 128) for k in range(128)] for time in t.tolist()]
+        waves = torch.tensor([[f(a) for f in (math.cos, math.sin) for a in line] for line in angles], dtype=z.dtype)
+        c = self.t_embedder.mlp(waves) + self.y_embedder.embedding_table(y)
+        for block in self.blocks:
+            shift, scale, gate, shift_m, scale_m, gate_m = block.adaLN_modulation(c)[:, None].chunk(6, -1)
+            x = x + gate * block.attn(norm(x, shift, scale))
+            x = x + gate_m * block.mlp(norm(x, shift_m, scale_m))
+        x = self.final_layer.linear(norm(x, *self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)))
+        n, p = round(x.shape[1] ** 0.5), self.x_embedder.patch_size[0]
+        image = torch.einsum("bhwpqc->bchpwq", x.view(len(x), n, n, p, p, 2 * self.channels))
+        return image.reshape(len(x), 2 * self.channels, n * p, n * p)[:, : self.channels]
+
+@pytest.mark.parametrize("patch", [2, 1])
+def test_published_sit_of_willisma(patch):
+    """Its time and sign are reversed, the unused channels dropped: ours(z, t) = -theirs(z, 1 - t), a SiT like any."""
+    theirs = randomised(OfWillisma(2, 128, 2, patch, 4, 8, 5), 0.05)
+    state, z, y = theirs.state_dict(), noise(4, 4, 8, 8), torch.arange(4)
+    theirs.double()
+    for file in (state, {"ema": state, "args": Namespace(path_type="Linear", prediction="velocity")}):
+        net = loaded(file)
+        assert net.cfg == replace(PLAIN, depth=2, patch=patch, teacher_dims=(), align_depth=4, projector_width=2048)
+        for t in (0.0, 0.04, 0.3, 0.77, 1.0):
+            time = torch.full((4,), t, dtype=torch.float64)
+            with torch.no_grad():
+                ours, reference = net.velocity(z.float(), time.float(), y), -theirs(z, 1 - time, y)
+            assert error(ours, reference) < 3e-6
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_published_sit_of_repa_e(qk_norm):
+    """Architecture from the shapes, all weights and bn as they stand, the trained pos_embed too; args tell the rest."""
+    cfg = replace(PLAIN, patch=1, channels=8, qk_norm=qk_norm)
+    net = randomised(S.SiT(cfg))
+    net.pos_embed += noise(*net.pos_embed.shape).float()
+    net.bn.set(noise(8).float(), noise(8, seed=1).float() ** 2)
+    for args, expected in (({}, replace(cfg, align_depth=4)),
+                           ({"args": Namespace(encoder_depth=3, path_type="cosine", model="SiT-XL/1", prediction="v")},
+                            replace(cfg, align_depth=3, path="cosine"))):
+        again = loaded({"ema": net.state_dict(), "model": None, "steps": 7} | args)
+        assert again.cfg == expected
+        assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
+
+@pytest.mark.parametrize("name", S.SIZES)
+def test_published_sizes(name):
+    """The four sizes are found from their shapes alone, heads and depth of the alignment included."""
+    depth, width, heads = S.SIZES[name]
+    cfg = S.SiTConfig(depth, width, heads, align_depth=4 if name in "SB" else 8)
+    with torch.device("meta"):
+        assert S.published_sit(S.SiT(cfg).state_dict(), "x.pt")[0] == cfg
+
+def test_published_sit_of_repa():
+    """REPA's: no bn, zn = 0.18215 z; older files call the blocks behind the projectors decoder_blocks."""
+    net = randomised(S.SiT(PLAIN))
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith("bn.")}
+    older = {key.replace("blocks.2.", "decoder_blocks.0."): value for key, value in state.items()}
+    z, t, y = noise(3, 4, 8, 8).float(), torch.tensor([0.1, 0.5, 0.9]), torch.arange(3)
+    for file, align_depth in ((state, 4), (older, 2), ({"ema": older}, 2)):
+        again = loaded(file)
+        assert again.cfg == replace(PLAIN, align_depth=align_depth)
+        assert torch.equal(again.velocity(z, t, y), net.velocity(z, t, y))
+        assert error(again.bn(z), 0.18215 * z) < 1e-6 and error(again.bn.inverse(0.18215 * z), z) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(loaded(older).align_only(z, t, y), net.align_only(z, t, y)))
+    assert "decoder_blocks.0.attn.qkv.weight" in older              # what was given is left as it was
+    with pytest.raises(RuntimeError, match="bn.running_var"):       # 0.18215 is known of SD-VAE's four channels alone
+        loaded({k: v for k, v in S.SiT(replace(PLAIN, channels=8)).state_dict().items() if not k.startswith("bn.")})
+
+def test_files_that_are_no_sit():
+    """One line that names the file and what is wrong with it."""
+    state = S.SiT(PLAIN).state_dict()
+    for file, message in (
+            ([1], "no checkpoint of"), ({1: 2}, "no checkpoint of"), ({"ema": None}, "no checkpoint of"),
+            ({"encoder.conv_in.weight": 1}, "x_embedder"), (state | {"pos_embed": 3}, "no checkpoint of"),
+            ({k: v for k, v in state.items() if k != "pos_embed"}, "pos_embed"),
+            (state | {"x_embedder.proj.weight": torch.zeros(3)}, "no checkpoint of"),
+            (S.SiT(TINY).state_dict(), "width 24"), ({"ema": state, "args": Namespace(path_type="GVP")}, "path gvp"),
+            ({"ema": state, "args": Namespace(prediction="noise")}, "prediction noise")):
+        with pytest.raises(ValueError, match=message) as caught:
+            S.published_sit(file, "x.pt")
+        assert str(caught.value).startswith("x.pt") and "\n" not in str(caught.value)

@@ -282,10 +282,10 @@ def test_load_vae(tmp_path, wrapped):
     _, stats, disc = V.load_vae(str(path))
     assert torch.allclose(stats[0], mean) and torch.allclose(stats[1], std**2)
     assert torch.equal(disc["main.0.weight"], mean)
-    beside(tmp_path / "vae", mean[:2], std[:2], {})
+    beside(tmp_path / "vae", mean[:2], std[:2], {"main.0.weight": mean})
     with pytest.raises(ValueError) as caught:
         V.load_vae(str(path))
-    one_line(caught, "vae-latents-stats.pt", 2, 3)
+    one_line(caught, "vae.pt", "statistics of 2 channels", 3)
     beside(tmp_path / "vae", mean, std, {"other": mean})
     with pytest.raises(ValueError) as caught:
         V.load_vae(str(path))
@@ -325,13 +325,21 @@ def test_published_names_download_three_files(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     with pytest.raises(ValueError) as caught:
         V.load_vae("invae")
-    one_line(caught, "huggingface.co/REPA-E/invae", tmp_path / "hub/checkpoints/invae-f16d32-latents-stats.pt")
+    folder = tmp_path / "hub/checkpoints/REPA-E--invae"
+    one_line(caught, "huggingface.co/REPA-E/invae", folder / "invae-f16d32-latents-stats.pt")
     urls = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: (urls.append(url), torch.save({}, path)))
     for _ in range(2):
-        assert V.download("invae") == tmp_path / "hub/checkpoints/invae-f16d32.pt"
+        assert V.find_checkpoint("invae") == folder / "invae-f16d32.pt"
     assert [url.removeprefix("https://huggingface.co/REPA-E/invae/resolve/main/") for url in urls] == [
         "invae-f16d32-latents-stats.pt", "invae-f16d32-discriminator-ckpt.pt", "invae-f16d32.pt"]
+    urls.clear()
+    assert V.find_checkpoint("sit-repae-invae").name == "0400000.pt"
+    assert V.find_checkpoint("hf:black-forest-labs/FLUX.1-dev/vae").parent.name == "vae"
+    assert [url.removeprefix("https://huggingface.co/") for url in urls] == [
+        "REPA-E/sit-repae-invae/resolve/main/args.json", "REPA-E/sit-repae-invae/resolve/main/checkpoints/0400000.pt",
+        "black-forest-labs/FLUX.1-dev/resolve/main/vae/config.json",
+        "black-forest-labs/FLUX.1-dev/resolve/main/vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_wrong_keys_are_named():
@@ -439,10 +447,12 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError) as caught:
         V.open_images(str(tmp_path / "absent"), 32)
     one_line(caught, tmp_path / "absent", "--data=tiny")
-    image(8, 8).save(tmp_path / "loose.png")
     with pytest.raises(ValueError) as caught:
         V.Folder(tmp_path, 32)
-    one_line(caught, tmp_path, "no class folders")
+    one_line(caught, tmp_path, "no images")
+    image(8, 12).save(tmp_path / "loose.png")
+    loose = V.Folder(tmp_path)                                      # without class folders: one class, at its own size
+    assert loose.classes == [tmp_path.name] and loose[[0]][0].shape == (1, 3, 8, 8)
     (tmp_path / "cat").mkdir()
     with pytest.raises(ValueError) as caught:
         V.Folder(tmp_path, 32)

@@ -7,12 +7,10 @@
     python evaluate.py recon runs/tiny tiny                   # the VAE, on held-out images
     python evaluate.py align runs/tiny tiny                   # SiT's features and the latents beside the teacher's
 
-Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report, in float32 and, for statistics,
-float64. No image is kept; ranks and batches do not change the numbers.
-FID: Fréchet distance of pooled features (50k samples against the training set; rFID: reconstructions; FD-dinov2 and
-FD-tiny: other features). sFID: of 7 channels of an inner 17x17 map. IS: exp of mean KL(p(class | image) || p(class)).
-Precision: share of samples within the reference's manifold; recall: the reverse. Accuracy: share of samples in which
-the judge sees the class asked for. N images, B in a batch, R their side; D features, means mu [D], sigma [D, D].
+Definitions are those of OpenAI's guided-diffusion evaluator (ADM), which papers report; ranks and batches do not change
+the numbers. FID: Fréchet distance of pooled features, 50k samples against the training set (rFID: reconstructions;
+FD-dinov2, FD-tiny: other features). sFID: of 7 channels of an inner 17x17 map. IS, precision, recall: see below.
+N images, B in a batch, R their side; D features, their mean mu [D] and covariance sigma [D, D].
 """
 import functools
 import hashlib
@@ -29,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
@@ -42,6 +39,7 @@ from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, load_vae, 
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content
+HELD_OUT = 9_000_000    # the tiny world's images from here on: nothing is trained on them
 
 @contextmanager
 def full_float32():
@@ -56,27 +54,23 @@ def full_float32():
 
 class Inception(tv.Inception3):
     """The network of 2015-12-05 that defines FID: torchvision's blocks, TensorFlow's poolings, 1008 classes."""
-
-    name, metric, dim, spatial_dim = "inception", "FID", 2048, 17 * 17 * 7
+    name, metric, dim = "inception", "FID", 2048
 
     def __init__(self):
         super().__init__(1008, aux_logits=False, init_weights=False)
-
-        def pool(branch, args):         # Mixed_7c's maximum is a slip of the original, kept
+        def pool(branch, args):         # torchvision counts the padding; Mixed_7c's maximum is a slip of the original
             if branch is self.Mixed_7c.branch_pool:
                 return F.max_pool2d(branch.x, 3, stride=1, padding=1)
-            return F.avg_pool2d(branch.x, 3, stride=1, padding=1, count_include_pad=False)      # torchvision counts it
+            return F.avg_pool2d(branch.x, 3, stride=1, padding=1, count_include_pad=False)
         for block in self.children():
             if hasattr(block, "branch_pool"):
                 block.register_forward_pre_hook(lambda block, args: setattr(block.branch_pool, "x", args[0]))
                 block.branch_pool.register_forward_pre_hook(pool)
 
-    @torch.no_grad()
     @full_float32()
     def forward(self, images):
         """uint8 [B, 3, R, R] -> pool features [B, 2048] (FID, IS, precision, recall), spatial [B, 2023] (sFID)."""
-        x = resize_tf1(images.float(), 299)                         # [B, 3, 299, 299] in [0, 255]
-        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = ((resize_tf1(images.float(), 299) - 128) / 128).contiguous(memory_format=torch.channels_last)
         for name, block in list(self.named_children())[:-3]:        # in order; avgpool, dropout and fc come last
             x = block(x)
             if name == "Mixed_6d":  # its first branch is TensorFlow's mixed_6/conv; H, W, C order as in ADM's mu_s
@@ -89,8 +83,7 @@ class Inception(tv.Inception3):
         return pool @ self.fc.weight.T
 
 def resize_tf1(x, size):
-    """[B, C, H, W] -> [B, C, size, size] as TensorFlow 1 did: bilinear between the two neighbours of
-    src = dst * (in / out), without half-pixel centres or antialiasing; M_h x M_w^T with two weights in each row."""
+    """[B, C, H, W] -> [B, C, size, size] as TensorFlow 1 did: bilinear at src = dst * (in / out), no antialiasing."""
     def matrix(n):
         src = torch.arange(size, dtype=torch.float32) * (n / size)  # the ratio is rounded to float32, as in TF
         low = src.long()
@@ -100,29 +93,21 @@ def resize_tf1(x, size):
 
 def load_inception(path=""):
     """The network with its weights, from a local file or the internet, on the CPU."""
-    with torch.device("meta"):          # no storage, no initialisation: the file's tensors move in
-        net = Inception()
+    net = Inception()
     try:
-        state = read_weights(path) if path else torch.hub.load_state_dict_from_url(
-            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
-        net.load_state_dict(state, assign=True)     # the public files lack BatchNorm's counters, which may be missing
+        net.load_state_dict(read_weights(path) if path else torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"no FID Inception in {path or 'the internet'}: {' '.join(str(error).split())[:160]}; "
                          f"expected the file of {INCEPTION_URL}; offline: --weights=FILE") from None
-    net.eval().requires_grad_(False)
-    for block in net.modules():
-        if isinstance(block, tv.BasicConv2d):   # a frozen BatchNorm is a scale and a shift: into the convolution
-            block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
-    return net.to(torch.float32, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 class Moments:
     """Mean and covariance of rows that arrive in batches on any number of ranks, and are not kept."""
-
     def __init__(self, dim, device="cpu"):
         self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)   # of (1, x) (1, x)^T
 
-    def update(self, rows):
-        """Adds rows [B, D]."""
+    def update(self, rows):             # [B, D]
         rows = F.pad(rows.double(), (1, 0), value=1)
         self.sums.addmm_(rows.T, rows)
 
@@ -138,7 +123,6 @@ def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr (S1 S2)^1/2. With S = A A^T the last trace is the sum of singular values
     of A1^T A2: no general matrix root, symmetric, and stable for singular covariances, whose null space is dropped."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
-
     def factor(sigma):
         values, vectors = torch.linalg.eigh(sigma)                                  # ascending
         keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps    # the rest is rounding
@@ -160,13 +144,10 @@ def precision_recall(real, fake, k=3):
     """Precision: share of fake rows inside a ball of real; recall: share of real rows inside a ball of fake. A row's
     ball reaches to its k-th nearest neighbour in its own set (Kynkaanniemi et al. 2019). real [M, D], fake [N, D]."""
     real, fake = real - real.mean(0), fake - real.mean(0)     # the same distances of shorter vectors: less cancellation
-
-    def blocks(a, b):           # distances of a few rows of a to all of b at a time
-        return (torch.cdist(rows, b) for rows in a.split(max(1, 2 ** 24 // len(b))))
-
-    def inside(a, b):           # share of a's rows in at least one ball of b; the k + 1 nearest include the row itself
-        radii = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in blocks(b, b)])
-        return torch.cat([(d <= radii).any(1) for d in blocks(a, b)]).double().mean().item()
+    def inside(a, b):           # share of a's rows in a ball of b, a few rows at a time; the nearest is the row itself
+        few = max(1, 2 ** 24 // len(b))
+        radii = torch.cat([torch.cdist(x, b).topk(k + 1, largest=False).values[:, -1] for x in b.split(few)])
+        return torch.cat([(torch.cdist(x, b) <= radii).any(1) for x in a.split(few)]).double().mean().item()
     return inside(fake, real), inside(real, fake)
 
 def psnr(a, b):
@@ -177,16 +158,11 @@ def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 [B, 3, H, W], at least 11x11: Gaussian window of 11x11, sigma
     1.5, wholly inside the image, biased moments, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2, mean over channels."""
     g = torch.exp(-(torch.arange(11, dtype=torch.float64, device=a.device) - 5) ** 2 / (2 * 1.5 ** 2))
-    g = (g / g.sum()).expand(3, 1, 1, 11)
-
-    def blur(v):                # E[v] under the window; [B, 3, H, W] -> [B, 3, H - 10, W - 10]
-        return F.conv2d(F.conv2d(v, g, groups=3), g.mT, groups=3)
-    a, b = a.double(), b.double()
-    ma, mb = blur(a), blur(b)
-    va, vb, vab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
+    g, a, b = (g / g.sum()).expand(3, 1, 1, 11), a.double(), b.double()
+    ma, mb, aa, bb, ab = (F.conv2d(F.conv2d(v, g, groups=3), g.mT, groups=3) for v in (a, b, a * a, b * b, a * b))
+    va, vb, vab = aa - ma * ma, bb - mb * mb, ab - ma * mb                      # each [B, 3, H - 10, W - 10]
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    s = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return s.mean((1, 2, 3))
+    return ((2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean((1, 2, 3))
 
 def monitors(z):
     """Latents [B, C, h, w] -> [B, 2]: variance over positions, and total variation (the sum of |difference| of
@@ -195,54 +171,44 @@ def monitors(z):
     return torch.stack([z.double().var((2, 3), correction=0), variation]).mean(2).T
 
 class Judge(nn.Module):
-    """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], None. A classifier of its shapes that shares nothing
+    """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], alone. A classifier of its shapes that shares nothing
     with the teacher (other layers, seed and images), lest samples be judged by what they were trained to imitate."""
-
-    name, metric, dim, spatial_dim = "tiny", "FD-tiny", 128, 0
+    name, metric, dim = "tiny", "FD-tiny", 128
 
     def __init__(self):
         super().__init__()
-
-        def conv(c_in, c_out, stride):
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.GELU())
-        self.net = nn.Sequential(conv(3, 32, 2), conv(32, 32, 1), conv(32, 64, 2), conv(64, 64, 1), conv(64, 128, 2),
-                                 conv(128, 128, 1))
+        layers = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))   # in, out, stride
+        self.net = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.GELU())
+                                   for a, b, stride in layers))
         self.head = nn.Linear(self.dim, len(Shapes.classes))
 
     def forward(self, images):
-        return self.net(to_float(images)).mean((2, 3)), None
+        return (self.net(to_float(images)).mean((2, 3)),)
 
 def load_judge(resolution, steps=800):
     """From torch.hub's cache, or trained for it, about a minute on a CPU: it names over 99% of new images rightly."""
     data = Shapes(resolution, first=5_000_000)                      # used nowhere else
-
     def train(net):
         def loss(indices):
             images, labels = data[indices]
             return F.cross_entropy(net.head(net(images)[0]), labels)
         fit(net, loss, "training the judge", steps)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1234)
-        net = Judge()
-    return trained_once("tiny-judge", net, data.draw, train, steps)[0].requires_grad_(False)
+    return trained_once("tiny-judge", Judge, 1234, data.draw, train, steps)[0].requires_grad_(False)
 
 class ClassToken(nn.Module):
-    """DINOv2 ViT-L/14's class token (Stein et al., 2306.04675): uint8 [B, 3, R, R] -> [B, 1024], None."""
-
-    name, metric, dim, spatial_dim = "dinov2", "FD-dinov2", 1024, 0
+    """DINOv2 ViT-L/14's class token (Stein et al., 2306.04675): uint8 [B, 3, R, R] -> [B, 1024], alone."""
+    name, metric, dim = "dinov2", "FD-dinov2", 1024
 
     def __init__(self, repo="", weights=""):
         super().__init__()
-        # its own table of 37 x 37 positions, which it resamples at run time, as for the published values
-        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)
+        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)      # its own table, which it resamples itself
 
-    @torch.no_grad()
     @full_float32()
     def forward(self, images):
         for size in ((images.shape[2], 224), (224, 224)):           # PIL's resize: columns, then rows, each to uint8
             images = F.interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)
         x = (images / 255 - self.teacher.mean) / self.teacher.std
-        return self.teacher.net.forward_features(x)["x_norm_clstoken"], None
+        return (self.teacher.net.forward_features(x)["x_norm_clstoken"],)
 
 def load_network(opt, tiny, resolution, device):
     """The feature network of --features; by default the judge in the tiny world, Inception elsewhere."""
@@ -254,11 +220,8 @@ def load_network(opt, tiny, resolution, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B].
 
-HELD_OUT = 9_000_000    # the tiny world's images from here on: nothing is trained on them
-
 class Generated:
     """A model's images, each made when it is asked for; how: the arguments of Model.batch."""
-
     def __init__(self, model, protocol, how):
         self.model, self.protocol, self.how, self.classes = model, protocol, how, model.classes
         self.resolution = model.sit.cfg.size * model.vae.cfg.downsampling
@@ -268,20 +231,19 @@ class Generated:
         return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
 
 def open_data(path, resolution, count=0):
-    """tiny (held-out images), an .npz or a folder -> its images, at least count of them."""
+    """tiny (held-out images), an .npz or a folder -> its images, at least count of them; resolution 0: as they are."""
     data = Shapes(resolution or 32, 10_000, HELD_OUT) if path == "tiny" else open_images(path, resolution)
     if len(data) < count:
         raise ValueError(f"{path} holds {len(data)} images, expected at least {count}")
     return data
 
-def ranks():
-    """-> this process's rank, how many there are."""
+def ranks():                    # -> this process's rank, how many there are
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 @torch.no_grad()
-def gather(data, n, batch, title, device, rows_of):
-    """rows_of(indices, images [B, 3, R, R], labels [B]) -> [B, D] of the first n images, split over the ranks ->
-    float32 [n, D] on all of them, in the images' order."""
+def gather(data, n, batch, title, device, of_batch):
+    """of_batch(indices, images [B, 3, R, R], labels [B]) -> rows to keep [B, K], features [B, D]..., for the first n
+    images, shared out to the ranks -> rows, float32 [n, K] in the images' order, mu, sigma of each kind of features."""
     rank, world = ranks()
     if n < max(2, world):
         raise ValueError(f"{n} images are too few (for {world} processes)")
@@ -290,32 +252,27 @@ def gather(data, n, batch, title, device, rows_of):
     loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=shares, num_workers=workers)
     for share, (images, labels) in zip(tqdm(shares, title, leave=False, disable=rank > 0), loader):
         with autocast(device):
-            values = rows_of(share, images.to(device), labels.to(device))
-        rows = torch.zeros(n, values.shape[1], device=device) if rows is None else rows
-        rows[list(share)] = values.float()
+            kept, *features = of_batch(share, images.to(device), labels.to(device))
+        if rows is None:
+            rows = torch.zeros(n, kept.shape[1], device=device)
+            moments = [Moments(x.shape[1], device) for x in features]
+        rows[list(share)] = kept.float()
+        for m, x in zip(moments, features):
+            m.update(x)
     if world > 1:
         dist.all_reduce(rows)               # every row is 0 but on one rank
-    return rows
+    return rows, *(value for m in moments for value in m.result())
 
 def collect(data, n, net, batch, title, keep=True):
-    """The first n images -> n, mu, sigma; if the network has spatial features, mu_s, sigma_s; to keep: rows [N, D]
-    (precision, recall, IS); in the tiny world the labels [N]."""
-    device = next(net.parameters()).device
-    pool, spatial = Moments(net.dim, device), Moments(net.spatial_dim, device)
-
+    """The first n images -> n, mu, sigma, Inception's mu_s, sigma_s, the judge's labels [N]; to keep: rows [N, D]."""
     @full_float32()
     def one_batch(indices, images, labels):
-        rows, maps = net(images)                                        # [B, D], [B, S] or None
-        pool.update(rows)
-        if maps is not None:
-            spatial.update(maps)
-        return torch.cat([labels[:, None], rows if keep else rows[:, :0]], 1)
-    labels, rows = gather(data, n, batch, title, device, one_batch).tensor_split([1], 1)
-    stats = {"n": n, "rows": rows, **dict(zip(("mu", "sigma"), pool.result()))}
-    if net.spatial_dim:
-        stats["mu_s"], stats["sigma_s"] = spatial.result()
+        features = net(images)
+        return torch.cat([labels[:, None], features[0] if keep else features[0][:, :0]], 1), *features
+    rows, *moments = gather(data, n, batch, title, next(net.parameters()).device, one_batch)
+    stats = {"n": n, "rows": rows[:, 1:], **dict(zip(("mu", "sigma", "mu_s", "sigma_s"), moments))}
     if isinstance(net, Judge) and data.classes == Shapes.classes:
-        stats["labels"] = labels[:, 0]
+        stats["labels"] = rows[:, 0]
     return stats
 
 def load_reference(path, net, resolution, batch):
@@ -326,18 +283,19 @@ def load_reference(path, net, resolution, batch):
         data = open_data(path, resolution)
         return collect(data, len(data), net, batch, "reference") | {"sha256": hashlib.sha256(weights).hexdigest()}
     images = Packed(path)
-    stats = {name: images.held[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "n") if name in images.held}
-    maker, width = str(images.held.get("network", "inception")), len(stats.get("mu", range(net.dim)))
-    if "mu" in stats and (maker, width) != (net.name, net.dim):             # ADM's files don't name Inception
+    held, stated = images.held, ("mu", "sigma", "mu_s", "sigma_s", "n")
+    stats = {name: held[name] for name in stated if name in held} if "mu" in held else {}
+    maker, width = str(held.get("network", "inception")), len(stats.get("mu", ()))      # ADM's files don't name it
+    if stats and (maker, width) != (net.name, net.dim):
         raise ValueError(f"{path} was made with {maker} features [{width}], not {net.name} [{net.dim}]: "
                          f"use --features={maker}, or make another reference (evaluate.py ref)")
-    if min(stats.get("n", 2), 2 if "mu" in stats and not len(images) else len(images)) < 2:
+    if (stats.get("n", 2) if stats else len(images)) < 2:
         raise ValueError(f"{path} holds fewer than 2 images (arr_0), or statistics (mu, sigma) of fewer")
     if len(images):
         if images.resolution != resolution:
             raise ValueError(f"{path} holds images of {images.resolution} px, the samples have {resolution}")
         own = collect(images, len(images), net, batch, "reference")
-        stats = {"rows": own["rows"], **stats} if "mu" in stats else own
+        stats = {"rows": own["rows"], **stats} if stats else own
     with open(path, "rb") as file:
         return stats | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -355,21 +313,22 @@ def compare(fake, real, net):
     return values
 
 def report(stem, command, values, settings, usual, header=True):
-    """A line of a table and an entry of STEM.COMMAND.json. Above the table: what its lines share, a warning if N is
-    below the usual number; below it: values that are lists."""
+    """A line of a table, above it what all its lines share, below it values that are lists; an entry of a JSON."""
     if ranks()[0] > 0:
         return
     varies = ("step", "guidance", "low", "high")
-    line = {k: v for k, v in {**settings, **values}.items() if k in (*varies, *values) and not isinstance(v, list)}
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    line = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in
+            {**settings, **values}.items() if name in (*varies, *values) and name not in lists}
+    widths = [max(len(name) + 2, 12) for name in line]
     if header:
         print("  ".join(f"{name}: {value}" for name, value in settings.items() if name not in varies))
         if settings["N"] < usual:
             print(f"warning: N = {settings['N']:,} is few: use {usual:,}, or compare with values of the same N only")
-        print("".join(name.rjust(max(len(name) + 2, 12)) for name in line))
-    print("".join(f"{value:.4f}".rjust(max(len(name) + 2, 12)) if isinstance(value, float) else
-                  f"{value}".rjust(max(len(name) + 2, 12)) for name, value in line.items()), flush=True)
-    for name in (name for name in values if name not in line):
-        print(f"{name}: " + " ".join(f"{value:.3f}" for value in values[name]))
+        print("".join(map(str.rjust, line, widths)))
+    print("".join(map(str.rjust, line.values(), widths)), flush=True)
+    for name, value in lists.items():
+        print(f"{name}: " + " ".join(f"{v:.3f}" for v in value))
     path = Path(f"{str(stem).removesuffix('.pt').removesuffix('.npz')}.{command}.json")
     earlier = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*earlier, {"values": values, **settings}], indent=1))
@@ -399,9 +358,10 @@ class Options:
 def sweep(opt, solver, steps):
     """-> arguments of Model.batch: every scale in every interval, but one where a scale <= 1 switches guidance off."""
     settings = []
-    for scale, interval in itertools.product(opt.guidance.split(","), opt.interval.split(",")):
-        low, _, high = interval.partition(":") if cast("guidance", scale, float) > 1 else "0:1".partition(":")
-        how = dict(solver=opt.solver or solver, steps=opt.steps or steps, guidance=float(scale), seed=opt.seed,
+    for text, interval in itertools.product(opt.guidance.split(","), opt.interval.split(",")):
+        scale = cast("guidance", text, float)
+        low, _, high = (interval if scale > 1 else "0:1").partition(":")
+        how = dict(solver=opt.solver or solver, steps=opt.steps or steps, guidance=scale, seed=opt.seed,
                    low=cast("interval", low, float), high=cast("interval", high, float))
         sample.check(sample.Options(opt.path, labels=opt.labels, batch=opt.batch, **how))
         settings += [how] if how not in settings else []
@@ -442,66 +402,56 @@ def recon(opt, device):
     data = open_data(opt.data, opt.resolution or (0 if opt.data.endswith((".npz", "tiny")) else 256), opt.count)
     usual, perceptual = 1000 if tiny else 50_000, None
     n, net = opt.count or min(len(data), usual), load_network(opt, tiny, data.resolution, device)
-    real, fake = Moments(net.dim, device), Moments(net.dim, device)
     try:
         with rank0_first():
             perceptual = None if tiny else Perceptual().to(device)              # tiny does without downloads
     except (ValueError, ImportError) as error:
         print(f"note: LPIPS is left out: {error}")
-
     def one_batch(indices, x, labels):      # x uint8 [B, 3, R, R]
         rec = to_uint8(vae.decode(vae.encode(to_float(x))[0]))
         a, b = to_float(x), to_float(rec)
         with full_float32():
-            real.update(net(x)[0])
-            fake.update(net(rec)[0])
+            features = net(rec)[0], net(x)[0]
             lpips = [perceptual(a, b).expand(len(x))] if perceptual else []
-        return torch.stack([psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3)), *lpips], 1)
-    means = gather(data, n, opt.batch, "reconstructions", device, one_batch).double().mean(0).tolist()
-    values = {**dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), means)),
-              f"r{net.metric}": frechet(*fake.result(), *real.result())}
+        return torch.stack([psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3)), *lpips], 1), *features
+    rows, *moments = gather(data, n, opt.batch, "reconstructions", device, one_batch)
+    values = dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), rows.double().mean(0).tolist()))
+    values[f"r{net.metric}"] = frechet(*moments)
     stem = find_checkpoint(opt.path) if Path(opt.path).exists() else opt.path.replace("/", "-")
     report(stem, "recon", values, {"N": n, "data": opt.data, "features": net.name}, usual)
 
 def align(opt, device):
-    """Do images have the same neighbours in SiT, behind each block at each noise level, and in the latents, as in the
-    teacher? SiT's and the teacher's features are means over tokens. And: do the latents collapse?"""
-    model = load_model(opt.path, device, opt.vae)
+    """Have images the same neighbours behind SiT's blocks and in the latents as in the teacher? Do latents collapse?"""
+    model, file = load_model(opt.path, device, opt.vae), find_checkpoint(opt.path)
     vae, sit, config, cfg = model.vae, model.sit, model.config, model.sit.cfg
     data = open_data(opt.data, cfg.size * vae.cfg.downsampling, opt.count)
-    tiny, file, name = config.get("data") == "tiny", find_checkpoint(opt.path), config.get("teacher", "none")
-    usual, name = 1000 if tiny else 10_000, name.replace("none", "tiny" if tiny else "dinov2_vitb14")
-    n = opt.count or min(len(data), usual)
+    usual, default = (1000, "tiny") if config.get("data") == "tiny" else (10_000, "dinov2_vitb14")
+    n, name = opt.count or min(len(data), usual), config.get("teacher", "none").replace("none", default)
     with rank0_first():
-        teacher = load_teacher(name, data.resolution, opt.repo or config.get("teacher_repo", ""),
-                               opt.weights or config.get("teacher_weights", ""),
-                               Shapes(data.resolution).draw if tiny else None).to(device)
-
+        teacher = load_teacher(name, data.resolution, opt.repo or config.get("teacher_repo", ""), opt.weights or
+                               config.get("teacher_weights", ""), Shapes(data.resolution).draw).to(device)
     def clean(indices, x, labels):          # -> [B, 2 + C h w + d]
         z = vae.encode(to_float(x))[0]
-        return torch.cat([monitors(z), z.flatten(1), teacher(x).mean(1)], 1)
-
+        return [torch.cat([monitors(z), z.flatten(1), teacher(x).mean(1)], 1)]
     def noisy(t, indices, x, labels):       # -> [B, depth D]; the noise of image i depends on the seed and i alone
         generators = [torch.Generator(device).manual_seed(sample.seed_of(opt.seed, "align", i)) for i in indices]
         zn = sit.bn(vae.encode(to_float(x))[0])
         eps = torch.stack([torch.randn(zn.shape[1:], generator=g, device=device) for g in generators])
         y = labels if data.classes == model.classes else torch.full_like(labels, cfg.num_classes)
         times = torch.full((len(x),), t, device=device)
-        return torch.cat([h.mean(1) for h in sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)], 1)
-
-    rows = gather(data, n, opt.batch, "latents", device, clean)
+        return [torch.cat([h.mean(1) for h in sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)], 1)]
+    rows, = gather(data, n, opt.batch, "latents", device, clean)
     collapse, z, f = rows.tensor_split((2, 2 + cfg.channels * cfg.size ** 2), 1)
     with full_float32():
-        values = dict(zip(("spatial variance", "total variation"), collapse.mean(0).tolist()))
-        values["CKNNA of latents"] = cknna(z, f)
+        variance, variation = collapse.mean(0).tolist()
+        values = {"spatial variance": variance, "total variation": variation, "CKNNA of latents": cknna(z, f)}
         for t in (0.0, 0.25, 0.5, 0.75):
-            h = gather(data, n, opt.batch, f"t = {t}", device, functools.partial(noisy, t)).split(cfg.width, 1)
-            values[f"CKNNA of blocks at t = {t}"] = [cknna(tokens, f) for tokens in h]
+            rows, = gather(data, n, opt.batch, f"t = {t}", device, functools.partial(noisy, t))
+            values[f"CKNNA of blocks at t = {t}"] = [cknna(h, f) for h in rows.split(cfg.width, 1)]
     if ranks()[0] == 0:                     # images beside their latents' principal components as red, green, blue
-        chosen = range(min(n, 16))
-        colours = principal_colours(z[: len(chosen)].view(-1, cfg.channels, cfg.size, cfg.size).cpu(), data.resolution)
-        pairs = torch.stack([data[chosen][0], colours], 1).flatten(0, 1)
-        save_png(str(file).removesuffix(".pt") + ".latents.png", grid(pairs, 8))
+        few = z[:16].view(-1, cfg.channels, cfg.size, cfg.size).cpu()
+        pairs = torch.stack([data[range(len(few))][0], principal_colours(few, data.resolution)], 1)
+        save_png(str(file).removesuffix(".pt") + ".latents.png", grid(pairs.flatten(0, 1), 8))
     report(file, "align", values, {"step": model.step, "N": n, "data": opt.data, "teacher": name, "seed": opt.seed,
                                    "classes given": data.classes == model.classes}, usual)
 

@@ -8,8 +8,6 @@ a frozen self-supervised teacher sees in the clean image, so the latents must ke
 
     f  [B, T, d]   the teacher's patch tokens of the clean image (DINOv2 ViT-B/14: T = 256, d = 768)
     h  [B, T, D]   SiT's tokens after block `align_depth`, at noise level t; projected to [B, T, d]
-
-This file knows nothing of SiT's inside, nor of the VAE.
 """
 import hashlib
 import math
@@ -21,11 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 def align_loss(projected, target):
-    """Lists of [B, T, d] (SiT's projected tokens, the teacher's tokens) -> scalar in [-1, 1]; -1 is perfect.
-
-    In float32 whatever the autocast: the norms of half-precision tokens are a known source of NaN.
-    """
-    with torch.autocast(target[0].device.type, enabled=False):
+    """Lists of [B, T, d] (SiT's projected tokens, the teacher's tokens) -> scalar in [-1, 1]; -1 is perfect."""
+    with torch.autocast(target[0].device.type, enabled=False):      # norms in half precision are a source of NaN
         cosines = [(F.normalize(p.float(), dim=-1) * F.normalize(f.float(), dim=-1)).sum(-1).mean()
                    for p, f in zip(projected, target, strict=True)]
         return -sum(cosines) / len(cosines)
@@ -50,8 +45,7 @@ def teacher_shape(name, resolution):
 class DINOv2(nn.Module):
     """uint8 [B, 3, R, R] -> patch tokens [B, (R/16)^2, d]: the image is resized by 14/16, so patches of 14 px fit.
 
-    repo: a local clone of facebookresearch/dinov2, instead of the download of its pinned revision.
-    weights: a local file (dinov2_vitb14_pretrain.pth), instead of the download of the weights.
+    Without downloads: repo is a clone of facebookresearch/dinov2, weights a file (dinov2_vitb14_pretrain.pth).
     """
 
     def __init__(self, name, resolution, repo="", weights=""):
@@ -64,12 +58,12 @@ class DINOv2(nn.Module):
                                       pretrained=not weights)
             if weights:
                 self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:  # hub code of any kind runs here: say what was wanted and where a file can be put
-            hub, why = Path(torch.hub.get_dir()), (str(error).splitlines() or [""])[0]
+        except Exception as error:      # hub code of any kind runs here
+            why = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"cannot load the teacher {name} ({type(error).__name__}: {why}): "
-                f"put {file} into {hub / 'checkpoints'} and a clone of {DINOV2_REPO} anywhere and name it with "
-                "--teacher_repo=DIR, or name both with --teacher_repo=DIR --teacher_weights=FILE") from None
+                f"cannot load the teacher {name} ({type(error).__name__}: {why}): name a clone of {DINOV2_REPO} with "
+                f"--teacher_repo=DIR, and put {file} into {torch.hub.get_dir()}/checkpoints or name it with "
+                "--teacher_weights=FILE (evaluate.py: --repo, --weights)") from None
         self.net.pos_embed = nn.Parameter(self.resample(self.net.pos_embed.data, self.side), requires_grad=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
@@ -77,10 +71,8 @@ class DINOv2(nn.Module):
 
     @staticmethod
     def resample(table, side):
-        """Position table [1, 1 + n*n, d] -> [1, 1 + side*side, d]: bicubic with antialias; the class token's row stays.
-
-        Once, here: DINOv2's own resampling at run time has an offset and no antialias, and gives other tokens.
-        """
+        """Position table [1, 1 + n*n, d] -> [1, 1 + side*side, d]: bicubic; the class token's row stays. With
+        antialias and without the offset of DINOv2's own resampling at run time, which gives other tokens."""
         first, grid = table[:, :1], table[:, 1:]
         n = math.isqrt(grid.shape[1])
         grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2).float()
@@ -108,12 +100,12 @@ class TinyTeacher(nn.Module):
 
         def stage(c_in, c_out, stride):
             return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
-
         self.net = nn.Sequential(*stage(3, 32, 2), *stage(32, 64, 2), *stage(64, 64, 1), *stage(64, 96, 2),
                                  *stage(96, 96, 1))
         self.token, self.norm = nn.Linear(96, self.dim), nn.BatchNorm1d(self.dim, affine=False)
         self.segment = nn.Linear(self.dim, num_classes + 1)     # the last class is the background
         self.classify = nn.Linear(96, num_classes)
+        self.to(memory_format=torch.channels_last)
 
     def features(self, image):
         """-> tokens [B, T, 64], pooled [B, 96]."""
@@ -149,39 +141,35 @@ def train_tiny_teacher(net, draw, steps=700, batch=64):
         image, label, _ = draw(range(10**6, 10**6 + 1000))
         return (net.classify(net.features(image)[1]).argmax(1) == label).float().mean().item()
 
-def trained_once(kind, net, draw, train, *recipe):
-    """-> net, with the weights that train(net) -> extra gives it or torch.hub's cache has, in eval mode, and extra."""
-    sheet = draw(range(16))[0].numpy().tobytes()                                    # other data: another file
+def trained_once(kind, build, seed, draw, train, *recipe):
+    """-> build() of this seed, in eval mode, with the weights that train(net) -> extra gives it the first time and
+    torch.hub's cache keeps, and extra. The file's name stands for the data, the recipe and the net."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build()
+    sheet = draw(range(16))[0].numpy().tobytes()
     key = hashlib.sha256(f"{recipe} {net}".encode() + sheet).hexdigest()[:8]
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{kind}-{key}.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        net.load_state_dict(saved["net"])
-        return net.eval(), saved["extra"]
-    extra = train(net)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"net": net.state_dict(), "extra": extra}, f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)
-    return net.eval(), extra
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        extra = train(net)
+        torch.save({"net": net.state_dict(), "extra": extra}, f"{path}.tmp")
+        Path(f"{path}.tmp").replace(path)
+    saved = torch.load(path, weights_only=True)
+    net.load_state_dict(saved["net"])
+    return net.eval(), saved["extra"]
 
 def load_tiny_teacher(draw):
     """-> the teacher, trained or from the cache, and its accuracy."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = TinyTeacher().to(memory_format=torch.channels_last)
-    return trained_once("tiny-teacher", net, draw, lambda net: train_tiny_teacher(net, draw))
+    return trained_once("tiny-teacher", TinyTeacher, 0, draw, lambda net: train_tiny_teacher(net, draw))
 
 def load_teacher(name, resolution, repo="", weights="", draw=None):
-    """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], with (T, d) = teacher_shape(name, resolution).
-
-    The caller lets one rank load first, so that downloads and the tiny teacher's training happen once.
-    """
+    """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], of teacher_shape's (T, d). One rank loads it first."""
     teacher_shape(name, resolution)
     if name != "tiny":
         return DINOv2(name, resolution, repo, weights)
     if draw is None:
-        raise ValueError("--teacher=tiny is trained on the tiny data: use --data=tiny, or another teacher "
-                         f"({', '.join(TEACHERS[1:])})")
+        raise ValueError(f"--teacher=tiny is trained on --data=tiny: use both, or one of {', '.join(TEACHERS[1:])}")
     return load_tiny_teacher(draw)[0].requires_grad_(False)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,25 +177,21 @@ def load_teacher(name, resolution, repo="", weights="", draw=None):
 
 def neighbours(x, k):
     """Rows of unit length [N, D] -> inner products with the k nearest other rows, and their numbers, [N, k] each."""
-    values, indices = [], []
+    found = []
     for first in range(0, len(x), 1024):
         products = x[first : first + 1024] @ x.T
         products.diagonal(first).fill_(-math.inf)               # not the row itself
-        value, index = products.topk(k, dim=1)
-        values.append(value)
-        indices.append(index)
-    return torch.cat(values), torch.cat(indices)
+        found.append(products.topk(k, dim=1))
+    return [torch.cat(parts) for parts in zip(*found)]
 
 def cknna(a, b, k=10):
     """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features [N, D], [N, d] of the
     same N images -> 1 for the same neighbourhoods, about 0 for unrelated ones.
 
-        K_ij = a_i . a_j,  L_ij = b_i . b_j     of features of unit length, where j is one of the k nearest of i both
-                                                in a and in b, else 0
+        K_ij = a_i . a_j,  L_ij = b_i . b_j     of unit length, if j is among the k nearest of i in a and in b, else 0
         CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))        with the unbiased HSIC (Song et al. 2012, equation 5)
 
-    No N x N matrix is kept: N k entries at most are not 0. (Huh et al.'s code also adds 1e-6 to the
-    denominator, which lowers the value a little.)
+    At most N k entries are not 0: no N x N matrix is kept. Huh et al.'s code adds 1e-6 to the denominator.
     """
     n = len(a)
     if len(b) != n or n <= max(k, 3):

@@ -4,16 +4,12 @@
     python sample.py runs/tiny --classes=star,heart --solver=ab2 --steps=50
     torchrun --nproc_per_node=8 sample.py runs/repa-e --count=50000 --out=samples.npz  # ADM's layout, for FID
 
-From Python:
-
-    from sample import load_model
-    model = load_model("runs/tiny")
-    images = model([5, 7], steps=50, guidance=2.0)                 # uint8 [2, 3, R, R]
+    from sample import load_model                                  # the same from Python
+    images = load_model("runs/tiny")([5, 7], steps=50, guidance=2.0)                   # uint8 [2, 3, R, R]
 
 Noise eps at t = 1 flows to latents at t = 0 along dz/dt = v (ODE: euler, heun, ab2), or with noise injected on the way
 (sde: Euler-Maruyama, the paper's). The noise and the label of image i depend on (seed, i) alone.
 """
-import functools
 import hashlib
 import inspect
 import math
@@ -23,12 +19,13 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
@@ -39,20 +36,18 @@ from vae import VAE, VAES, config_from_dict, find_checkpoint, load_strict, load_
 
 def start():
     """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
         if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise ValueError(f"more processes than GPUs: use --nproc_per_node={torch.cuda.device_count()} or fewer")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")                  # TF32 where float32 is asked for
-        torch.backends.cudnn.allow_tf32 = True
     elif torch.backends.mps.is_available() and rank == 0:
         print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     return rank, world, device
 
 @contextmanager
@@ -91,35 +86,31 @@ def parse(target, argv, presets=None):
     """Calls a dataclass or a function with the command line's words. ValueError names the wrong word and the nearest
     right one. --preset=a,b applies presets[a], then presets[b]; what is given by --key=value stands above both."""
     signature = inspect.signature(target)
-    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    chosen, values, positional, words = {}, {}, list(kinds), iter(argv)
+    known, unnamed, words = signature.parameters, list(signature.parameters), iter(argv)
+    chosen, values = {}, {}
     for word in words:
         if word in ("-h", "--help"):
             print(inspect.getsource(target) if isinstance(target, type) else f"{signature}\n{target.__doc__}")
             print(f"presets: {', '.join(presets or ['none'])}")
             raise SystemExit(0)
         if not word.startswith("--"):
-            if not positional:
+            if not unnamed:
                 raise ValueError(f"one value too many: {word!r}")
-            word = f"--{positional.pop(0)}={word}"
+            word = f"--{unnamed.pop(0)}={word}"
         key, equals, text = word[2:].partition("=")
         if key == "preset" and presets:
             for name in text.split(","):
                 if name not in presets:
                     raise ValueError(f"unknown preset {name!r}{nearest(name, presets)}")
-                chosen.update(presets[name])
-            continue
-        if key not in kinds:
-            raise ValueError(f"unknown option --{key}{nearest(key, kinds)}")
-        text = text if equals else next(words, None)            # --key=value or --key value
-        if text is None:
-            raise ValueError(f"--{key} needs a value: --{key}=...")
-        values[key] = cast(key, text, kinds[key])
-    missing = [key for key, parameter in signature.parameters.items() if parameter.default is parameter.empty]
-    for key in missing:
-        if key not in values:
-            raise ValueError(f"--{key}=... is missing: {target.__name__} needs {', '.join(missing)}")
-    return target(**{**chosen, **values})
+                chosen |= presets[name]
+        elif key in known:
+            values[key] = cast(key, text if equals else next(words, None), known[key].annotation)   # or --key value
+        else:
+            raise ValueError(f"unknown option --{key}{nearest(key, known)}")
+    missing = [f"--{key}" for key in known if known[key].default is inspect.Parameter.empty and key not in values]
+    if missing:
+        raise ValueError(f"{target.__name__} needs {' and '.join(missing)}")
+    return target(**(chosen | values))
 
 def nearest(word, known):
     close = get_close_matches(word, known, 1, 0.5)
@@ -127,6 +118,8 @@ def nearest(word, known):
 
 def cast(key, text, kind):
     """Text -> int, float, bool or str, by the field's type."""
+    if text is None or text.startswith("--"):
+        raise ValueError(f"--{key} needs a value: --{key}=...")
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:
         return words[text.lower()] if kind is bool else kind(text)
@@ -136,16 +129,13 @@ def cast(key, text, kind):
 
 def first_to_fail():
     """One message for all processes: True on the first one that asks (without a process group: on rank 0)."""
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:                # the process that holds the store is gone
-        return True
+    except (RuntimeError, ValueError):          # the process that holds the store is gone, or there is no group
+        return dist.is_initialized() or os.environ.get("RANK", "0") == "0"
 
 def friendly(main):
     """Runs main(argv); a user's mistake (ValueError, OSError) ends in one line and exit code 2 (TRACEBACK=1: all)."""
-    @functools.wraps(main)
     def run():
         try:
             main(sys.argv[1:])
@@ -156,11 +146,10 @@ def friendly(main):
             if code == 1 or os.environ.get("TRACEBACK"):
                 traceback.print_exc()
             elif first_to_fail():
-                # an error of a data worker carries its traceback in the text: the last line says what happened
-                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                text = str(error).strip() or type(error).__name__       # a data worker's is a traceback: its last line
                 hint = ": lower --micro_batch or --batch" * isinstance(error, torch.OutOfMemoryError)
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-                print(f"error{where}: {lines[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
+                print(f"error{where}: {text.splitlines()[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
             sys.stdout.flush()
             if dist.is_initialized():
                 os._exit(code)      # at once: the others may wait in a collective; torchrun ends them when this is gone
@@ -168,20 +157,17 @@ def friendly(main):
     return run
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Solvers: z at t = 1 -> z at t = 0, float64. velocity(z, t: float) -> dz/dt; steps is the number of network calls of
-# euler, ab2 and sde (heun: 2 steps - 1).
+# Solvers: z at t = 1 -> z at t = 0, float64, along velocity(z, t: float) -> dz/dt; `steps` calls (heun: 2 steps - 1).
 
 def euler(velocity, z, steps):
     """Order 1: z += dt v(z, t)."""
-    times = np.linspace(1, 0, steps + 1)
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
         z = z + (t_next - t) * velocity(z, t)
     return z
 
 def heun(velocity, z, steps):
     """Order 2: the mean of the velocities at both ends of the step. The last step is Euler's, as the authors'."""
-    times = np.linspace(1, 0, steps + 1)
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
         v = velocity(z, t)
         ahead = z + (t_next - t) * v
         z = ahead if t_next == 0 else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
@@ -189,24 +175,18 @@ def heun(velocity, z, steps):
 
 def ab2(velocity, z, steps):
     """Adams-Bashforth, order 2 with one call a step: v(t + dt/2) extrapolated from this velocity and the last one."""
-    times, last = np.linspace(1, 0, steps + 1), None
-    for t, t_next in zip(times, times[1:]):
-        v = velocity(z, t)
+    v = None
+    for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
+        last, v = v, velocity(z, t)
         z = z + (t_next - t) * (v if last is None else 1.5 * v - 0.5 * last)
-        last = v
     return z
 
 def euler_maruyama(velocity, z, steps, noise, path="linear", t_last=0.04):
-    """The reverse SDE dz = (v - w/2 score) dt + sqrt(w) dW with w(t) = 2t (SiT, section 2.3).
-
-    noise() -> standard normal, z's shape. t runs from 1 to t_last in steps - 1 intervals, because the score is singular
-    at t = 0, and from there to 0 in one, without noise.
-    """
-    times = np.append(np.linspace(1, t_last, steps), 0.0)
-    for t, t_next in zip(times, times[1:]):
-        w = 2 * t
-        v = velocity(z, t)
-        score = score_from_velocity(v, z, torch.full((len(z),), t, dtype=z.dtype, device=z.device), path)
+    """The reverse SDE dz = (v - w/2 score) dt + sqrt(w) dW, w(t) = 2t (SiT, section 2.3); noise() is normal, like z.
+    t runs from 1 to t_last in steps - 1 intervals (the score is singular at 0), and to 0 in one more, without noise."""
+    for t, t_next in pairwise([*np.linspace(1, t_last, steps), 0.0]):
+        v, w = velocity(z, t), 2 * t
+        score = score_from_velocity(v, z, z.new_full((len(z),), t), path)
         z = z + (t_next - t) * (v - 0.5 * w * score)
         if t_next > 0:
             z = z + math.sqrt(w * (t - t_next)) * noise()
@@ -214,20 +194,16 @@ def euler_maruyama(velocity, z, steps, noise, path="linear", t_last=0.04):
 
 SOLVERS = {"euler": euler, "heun": heun, "ab2": ab2, "sde": euler_maruyama}
 
-def guided(sit, y, scale=1.0, low=0.0, high=1.0, dtype=torch.float32):
+def guided(sit, y, scale=1.0, low=0.0, high=1.0):
     """Classifier-free guidance in an interval (Kynkaanniemi et al., 2404.07724): -> velocity(z, t).
-
     v = v_null + scale (v_y - v_null) where low <= t <= high and scale > 1, else v_y: one network call, not two.
-    The SDE's drift is affine in v, so guiding the velocity guides the drift.
-    """
-    null = torch.full_like(y, sit.cfg.num_classes)
-
+    The SDE's drift is affine in v, so guiding the velocity guides the drift."""
     def velocity(z, t):
-        time = torch.full((len(z),), t, dtype=dtype, device=z.device)
+        z, time = z.float(), z.new_full((len(z),), t, dtype=torch.float32)
         if scale <= 1 or not low <= t <= high:
-            return sit.velocity(z.to(dtype), time, y).double()
-        both = sit.velocity(torch.cat([z, z]).to(dtype), torch.cat([time, time]), torch.cat([y, null])).double()
-        v, v_null = both.chunk(2)
+            return sit.velocity(z, time, y).double()
+        null = torch.full_like(y, sit.cfg.num_classes)
+        v, v_null = sit.velocity(torch.cat([z, z]), torch.cat([time, time]), torch.cat([y, null])).double().chunk(2)
         return v_null + scale * (v - v_null)
     return velocity
 
@@ -247,29 +223,28 @@ class Model:
     def batch(self, indices, labels, steps, solver, guidance, low, high, seed):
         """Images number `indices` of the seed, of these labels -> uint8 [B, 3, R, R]."""
         cfg, device = self.sit.cfg, self.sit.pos_embed.device
+        velocity = guided(self.sit, torch.as_tensor(labels, device=device), guidance, low, high)
         generators = [torch.Generator(device).manual_seed(seed_of(seed, "image", i)) for i in indices]
 
         def noise():
             shape = (cfg.channels, cfg.size, cfg.size)
             return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]).double()
 
-        velocity = guided(self.sit, torch.as_tensor(labels, device=device), guidance, low, high)
         with autocast(device):
             zn = SOLVERS[solver](velocity, noise(), steps, *((noise, cfg.path) if solver == "sde" else ()))
         return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
 
     def __call__(self, labels, steps=250, solver="sde", guidance=1.0, low=0.0, high=1.0, seed=0, batch=64, first=0):
         """Labels (numbers) -> uint8 [len(labels), 3, R, R] on the CPU. Image i of a seed is number first + i."""
-        images = [self.batch(range(first + i, first + min(i + batch, len(labels))), labels[i : i + batch],
-                             steps, solver, guidance, low, high, seed).cpu() for i in range(0, len(labels), batch)]
-        return torch.cat(images)
+        numbers = range(first, first + len(labels))
+        return torch.cat([self.batch(numbers[i : i + batch], labels[i : i + batch], steps, solver, guidance, low, high,
+                                     seed).cpu() for i in range(0, len(labels), batch)])
 
 def load_model(path, device="cpu", vae=""):
     """A checkpoint of ours, REPA-E's, REPA's or SiT's, or a run's folder (its newest) -> Model. All processes call it.
-
-    vae: as for vae.load_vae, in place of the checkpoint's own; frozen-VAE runs of REPA-E, REPA and SiT hold none.
-    """
-    path = find_checkpoint(path)
+    vae: as for vae.load_vae, in place of the checkpoint's own; frozen-VAE runs of REPA-E, REPA and SiT hold none."""
+    with rank0_first():
+        path = find_checkpoint(path)
     file = read_weights(path)
     keys = set(file) if isinstance(file, dict) else set()
     ours = {"sit_config", "ema"} <= keys
@@ -284,8 +259,7 @@ def load_model(path, device="cpu", vae=""):
         own = load_vae(vae or str(path.absolute()))[0]
     if own.cfg.z_channels != cfg.channels:
         raise ValueError(f"--vae={vae} has latents of {own.cfg.z_channels} channels, the SiT of {cfg.channels}")
-    for net in (own, sit):
-        net.to(device).eval().requires_grad_(False)
+    own, sit = (net.to(device).eval().requires_grad_(False) for net in (own, sit))
     classes = file.get("classes") or [str(i) for i in range(cfg.num_classes)]
     return Model(own, sit, classes, file.get("config", {}), file.get("steps", 0))
 
@@ -305,17 +279,15 @@ def parse_classes(text, names):
 
 def grid(images, columns=None):
     """uint8 [N, 3, R, R] -> uint8 [3, rows R, columns R], row by row, black where N ends."""
-    n, columns = len(images), columns or math.ceil(math.sqrt(len(images)))
-    rows, (_, R, _) = -(-n // columns), images.shape[1:]
-    sheet = torch.zeros(rows * columns, 3, R, R, dtype=torch.uint8)
-    sheet[:n] = images
-    return sheet.view(rows, columns, 3, R, R).permute(2, 0, 3, 1, 4).reshape(3, rows * R, columns * R)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    cells = torch.cat([images.cpu(), torch.zeros(rows * columns - len(images), *images.shape[1:], dtype=torch.uint8)])
+    return cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 def save_png(path, image):
     """uint8 [3, H, W] -> a PNG file, small images enlarged so that they can be looked at."""
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    factor = max(1, 640 // picture.width)
-    picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST).save(path)
+    ImageOps.scale(picture, max(1, 640 // picture.width), Image.NEAREST).save(path)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
@@ -364,14 +336,11 @@ def main(argv):
 
     # every process writes its rows of one memory-mapped file: 50,000 images of 256 px never are in memory
     side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, f"{out}.rows"
-    if rank == 0:
-        np.memmap(raw, np.uint8, "w+", shape=(opt.count, 3, side, side))
-    if world > 1:
-        dist.barrier()
+    with open(raw, "ab") as file:
+        file.truncate(opt.count * 3 * side * side)
     rows = np.memmap(raw, np.uint8, "r+", shape=(opt.count, 3, side, side))
-    mine = range(rank, opt.count, world)
-    for i in tqdm(range(0, len(mine), opt.batch), "sampling", disable=rank > 0):
-        indices = list(mine[i : i + opt.batch])
+    for i in tqdm(range(rank, opt.count, world * opt.batch), "sampling", disable=rank > 0):
+        indices = list(range(i, min(i + world * opt.batch, opt.count), world))
         rows[indices] = model.batch(indices, [labels[j] for j in indices], opt.steps, opt.solver, opt.guidance,
                                     opt.low, opt.high, opt.seed).cpu()
     rows.flush()

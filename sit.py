@@ -11,11 +11,11 @@
 
 Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"
 (2401.08740); Yu et al., "Representation Alignment for Generation" (REPA, 2410.06940); Leng et al., REPA-E (2504.10483).
-Module names are timm's and the authors', so that published weights load. This file knows nothing of pixels, nor of how
-teacher and VAE work inside.
+Module names are timm's and the authors', so that published weights load.
 """
 import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -82,20 +82,17 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
 
-class LatentNorm(nn.Module):
-    """nn.BatchNorm2d(C, eps=1e-4, momentum=0.1, affine=False), its two modes as two calls.
+class LatentNorm(nn.BatchNorm2d):
+    """BatchNorm2d with its two modes as two calls.
 
-    forward(z) uses the running statistics: constants, so that the gradient of the VAE step reaches z through them
-    unchanged; it leaves them alone. normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps
-    their sums until commit() merges them into the running ones, once a step, however many micro-batches it had.
+    forward(z) uses the running statistics and leaves them alone: for the gradient of the VAE step they are constants.
+    normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps their sums until commit() merges
+    them into the running ones, once a step, however many micro-batches it had.
     """
 
-    def __init__(self, channels, eps=1e-4, momentum=0.1):
-        super().__init__()
-        self.eps, self.momentum, self.pending = eps, momentum, None
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
+        self.pending = None
 
     def forward(self, z):
         """z [B, C, H, W] -> zn, by the running statistics."""
@@ -117,10 +114,8 @@ class LatentNorm(nn.Module):
             dist.all_reduce(total)
             count = count * dist.get_world_size()
         self.pending = (total, count) if self.pending is None else (self.pending[0] + total, self.pending[1] + count)
-        sums = own + (total - own).detach()     # in the naive ablation a gradient flows through this rank's share
-        mean = sums[0] / count
-        var = sums[1] / count - mean.square()
-        return self._scale(z, mean.float(), var.float())
+        mean, square = (own + (total - own).detach()) / count       # naive ablation: gradient through this rank's share
+        return self._scale(z, mean.float(), (square - mean.square()).float())
 
     def pending_statistics(self):
         """Mean and unbiased variance [C] of everything normalised since the last commit."""
@@ -131,10 +126,9 @@ class LatentNorm(nn.Module):
     @torch.no_grad()
     def commit(self, ok):
         """Move the running statistics towards the pending ones; where ok (a bool tensor) is False they stay."""
-        mean, var = self.pending_statistics()
-        self.pending = None
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+        for running, new in zip((self.running_mean, self.running_var), self.pending_statistics()):
             running.copy_(torch.where(ok, running.lerp(new, self.momentum), running))
+        self.pending = None
         self.num_batches_tracked += ok.long()
 
     @torch.no_grad()
@@ -172,13 +166,10 @@ def parse_size(name):
     """ "SiT-XL/2" or "depth-width-heads/patch" ("6-192-3/2") -> (depth, width, heads, patch)."""
     body, _, patch = name.removeprefix("SiT-").partition("/")
     shape = SIZES.get(body) or tuple(int(n) if n.isdecimal() else 0 for n in body.split("-"))
-    if len(shape) != 3 or patch not in ("1", "2", "4", "8"):
+    if len(shape) != 3 or 0 in shape or shape[1] % shape[2] or shape[1] % 4 or patch not in ("1", "2", "4", "8"):
         raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, 2, 4 or 8 (SiT-XL/2), "
-                         "or depth-width-heads/patch (6-192-3/2)")
-    depth, width, heads = shape
-    if 0 in shape or width % heads or width % 4:
-        raise ValueError(f"SiT {name!r}: the width must be a positive multiple of its heads and of 4")
-    return depth, width, heads, int(patch)
+                         "or depth-width-heads/patch (6-192-3/2), the width a multiple of its heads and of 4")
+    return *shape, int(patch)
 
 def sincos_2d(dim, side):
     """Fixed position table [1, side * side, dim]: half of dim for the column, half for the row, each [sin, cos]."""
@@ -189,8 +180,8 @@ def sincos_2d(dim, side):
     return torch.cat([column, row], 2).reshape(1, side * side, dim).float()
 
 def modulate(x, shift, scale):
-    """x [B, T, D] * (1 + scale [B, D]) + shift [B, D]."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Adaptive LayerNorm of tokens x [B, T, D]; shift and scale [B, D] come from the condition."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 class TimestepEmbedder(nn.Module):
     """t [B] -> [B, D]: 128 cosines, 128 sines of t times 10000^(-k/128), then an MLP."""
@@ -208,17 +199,6 @@ class TimestepEmbedder(nn.Module):
         with torch.autocast(t.device.type, enabled=False):      # bfloat16 would merge neighbouring t
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
-class LabelEmbedder(nn.Module):
-    """Labels [B] -> [B, D]. Where drop [B] (bool) is True the null label num_classes stands in, for guidance."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y, drop=None):
-        return self.embedding_table(y if drop is None else torch.where(drop, self.num_classes, y))
-
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
 
@@ -235,42 +215,32 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-class Mlp(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
 class Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from the condition c [B, D]; zero gates at the start."""
 
     def __init__(self, width, heads, qk_norm):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
 class FinalLayer(nn.Module):
     """[B, T, D] -> [B, T, patch * patch * C]."""
 
     def __init__(self, width, patch, channels):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(x, shift, scale))
 
 class PatchEmbed(nn.Module):
     """[B, C, H, W] -> [B, T, D]."""
@@ -290,7 +260,7 @@ class SiT(nn.Module):
         self.cfg, D, wide = cfg, cfg.width, cfg.projector_width
         self.x_embedder = PatchEmbed(cfg.channels, D, cfg.patch)
         self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = LabelEmbedder(cfg.num_classes, D)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(cfg.num_classes + 1, D)})
         self.register_buffer("pos_embed", sincos_2d(D, cfg.size // cfg.patch))      # a constant: no optimizer sees it
         self.blocks = nn.ModuleList(Block(D, cfg.heads, cfg.qk_norm) for _ in range(cfg.depth))
         self.projectors = nn.ModuleList(
@@ -310,14 +280,14 @@ class SiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in [block.adaLN_modulation[1] for block in self.blocks] + [
-                self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, z_t, t, y, drop=None):
-        """-> tokens x [B, T, D] and condition c [B, D]."""
-        return self.x_embedder(z_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, drop)
+        """-> tokens x [B, T, D] and condition c [B, D]. Where drop [B] (bool) is True, y is the null class."""
+        y = y if drop is None else torch.where(drop, self.cfg.num_classes, y)
+        return self.x_embedder(z_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder.embedding_table(y)
 
     def unpatchify(self, x):
         """[B, T, patch * patch * C] -> [B, C, H, W]; the last axis is ordered (row in the patch, column, channel)."""
@@ -351,11 +321,7 @@ class SiT(nn.Module):
     def hidden(self, z_t, t, y, depth=None):
         """The tokens behind each block (of the first `depth`), a list of [B, T, D]."""
         x, c = self.embed(z_t, t, y)
-        tokens = []
-        for block in self.blocks[:depth]:
-            x = block(x, c)
-            tokens.append(x)
-        return tokens
+        return [x := block(x, c) for block in self.blocks[:depth]]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
@@ -366,24 +332,21 @@ def published_sit(file, what):
     The architecture is read off the shapes (heads have 64 channels, XL's 72); the file's args, if any, tell the rest.
     Files without statistics of the latents (REPA, SiT) are SD-VAE's: zn = 0.18215 z. `what` names the file in errors.
     """
-    def blocks(state):
-        return len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-
     try:
         state, args = file.get("ema", file), file.get("args")
-        first = blocks(state)           # older files of REPA count the blocks behind align_depth from 0 again
-        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{first + int(m[1])}", key): value
-                 for key, value in state.items()}
+        early, late = (len({key.split(".")[1] for key in state if key.startswith(prefix)})
+                       for prefix in ("blocks.", "decoder_blocks."))
+        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{early + int(m[1])}", key): value
+                 for key, value in state.items()}       # older files of REPA count anew behind align_depth
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        align_depth = first if first < blocks(state) else 8 if width >= 1024 else 4
         dims = tuple(len(w) for key, w in state.items() if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
         cfg = SiTConfig(
-            depth=blocks(state), width=width, heads=16 if width == 1152 else width // 64, patch=patch,
-            channels=channels, size=patch * math.isqrt(state["pos_embed"].shape[1]),
+            depth=early + late, width=width, heads=16 if width == 1152 else width // 64, patch=patch, channels=channels,
+            size=patch * math.isqrt(state["pos_embed"].shape[1]),
             num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, teacher_dims=dims,
-            align_depth=getattr(args, "encoder_depth", align_depth), qk_norm="blocks.0.attn.q_norm.weight" in state,
+            align_depth=getattr(args, "encoder_depth", early if late else 8 if width >= 1024 else 4),
             projector_width=len(state["projectors.0.0.weight"]) if dims else SiTConfig.projector_width,
-            path=getattr(args, "path_type", "linear").lower())
+            qk_norm="blocks.0.attn.q_norm.weight" in state, path=getattr(args, "path_type", "linear").lower())
         if len(state["final_layer.linear.weight"]) == 2 * patch * patch * channels:
             reverse_time(state, patch, channels)
     except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -408,8 +371,8 @@ def reverse_time(state, patch, channels):
     """
     cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
     f = TimestepEmbedder.frequencies().double()
-    turned = torch.cat([cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos()], 1)
-    state["t_embedder.mlp.0.weight"] = turned.float()
+    turned = (cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos())
+    state["t_embedder.mlp.0.weight"] = torch.cat(turned, 1).float()
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = state[key].unflatten(0, (patch * patch, 2 * channels))               # ordered (row, column, channel)
         state[key] = -rows[:, :channels].flatten(0, 1)

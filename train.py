@@ -42,9 +42,9 @@ from tqdm import tqdm
 from repa import align_loss, load_teacher, teacher_shape
 from sample import (Model, all_mean, autocast, friendly, grid, parse, rank0_first, save_png, seed_of, start)
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
-from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight, config_from_dict,
-                 discriminator_loss, find_checkpoint, generator_loss, kl_divergence, load_strict, load_vae, open_images,
-                 read_weights, reconstruction_loss, to_float, to_uint8)
+from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
+                 config_from_dict, discriminator_loss, find_checkpoint, generator_loss, kl_divergence, load_strict,
+                 load_vae, open_images, read_weights, reconstruction_loss, to_float, to_uint8)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
@@ -53,9 +53,10 @@ from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, VAEConfig, ada
 class Config:
     # what
     out: str = "runs/repa-e"        # the run's folder; the same command again resumes from it
-    data: str = "data/imagenet/train"   # a tree of class folders, or tiny (drawn on demand)
+    data: str = "data/imagenet/train"   # a tree of class folders, an .npz of vae.py pack, or tiny (drawn on demand)
+    latents: str = ""               # a cache by vae.py encode, instead of encoding with the frozen VAE
     resolution: int = 256           # R, side of the images
-    vae: str = "sdvae"              # sdvae, invae, vavae (downloaded); a file or run's folder; f8d4 ... tiny (random)
+    vae: str = "sdvae"              # sdvae, invae, vavae, hf:... (downloaded); a file, a folder; f8d4 ... tiny (random)
     sit: str = "SiT-XL/2"           # SiT-{S,B,L,XL}/{1,2,4,8}, depth-width-heads/patch, or none (VAE only)
     teacher: str = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg], tiny, or none
     teacher_repo: str = ""          # a local clone of facebookresearch/dinov2, for machines without internet
@@ -116,7 +117,10 @@ PRESETS = {     # gFID at 400k steps without / with guidance, as published
     "invae": dict(vae="invae", sit="SiT-XL/1", out="runs/invae"),                   # 4.09 / 1.61
     "vavae": dict(vae="vavae", sit="SiT-XL/1", out="runs/vavae"),                   # 4.05 / 1.73
     "scratch": dict(vae="f8d4", disc_warmup=0, out="runs/scratch"),                 # 4.34: VAE from random weights
+    "flux": dict(vae="hf:black-forest-labs/FLUX.1-schnell/vae", out="runs/flux"),   # f8d16; nothing published
     "repa": dict(train_vae=False, latent_norm="fixed", out="runs/repa"),            # 7.90: REPA, frozen VAE
+    "second-stage": dict(vae="hf:REPA-E/e2e-vavae-hf", sit="SiT-XL/1", train_vae=False, latent_norm="fixed",
+                         steps=4_000_000, out="runs/second-stage"),                 # 1.69 / 1.12 after 800 epochs
     "sit": dict(train_vae=False, latent_norm="fixed", repa_sit=0.0, repa_vae=0.0, teacher="none", out="runs/sit"),
     "no-batchnorm": dict(latent_norm="fixed", out="runs/no-batchnorm"),             # 18.1 against 16.3 (L, 100k)
     "naive": dict(stop_grad=False, repa_vae=0.0, repa_sit=0.0, teacher="none", out="runs/naive"),   # collapses
@@ -167,6 +171,8 @@ def check(cfg, world, vae_config=None):
         (joint and cfg.repa_vae and not cfg.stop_grad, "--stop_grad=0 gives the VAE all SiT's loss: add --repa_vae=0"),
         (frozen_vae and not cfg.stop_grad, "--stop_grad=0 trains the VAE, --train_vae=0 freezes it: choose one"),
         (frozen_vae and cfg.latent_norm == "batch", "--train_vae=0 freezes the latents: add --latent_norm=fixed"),
+        (cfg.latents and not frozen_vae, "--latents is for a frozen VAE: add --train_vae=0 --latent_norm=fixed"),
+        (cfg.latents and cfg.hflip, "--latents holds no flipped images: add --hflip=0"),
         (cfg.sigma and (cfg.init or cfg.vae not in VAES), f"--sigma needs a random --vae: {' or '.join(VAES)}")]
     bad += [message for wrong, message in rules if wrong]
     try:
@@ -209,13 +215,13 @@ class Order(torch.utils.data.Sampler):
             yield from (rows[i : i + micro] for i in range(0, share, micro))
 
 def batches_of(data, cfg, rank, world, device, stream, first_step=0):
-    """Endless micro-batches (uint8 [b, 3, R, R], labels [b]) on the device, from first_step on."""
-    workers = cfg.workers if hasattr(data, "files") else 0
+    """Endless micro-batches (uint8 [b, 3, R, R], labels [b], what a cache adds) on the device, from first_step on."""
+    workers = 0 if cfg.data == "tiny" else cfg.workers
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, sampler=Order(len(data), cfg, rank, world, first_step, stream), num_workers=workers,
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
-    for x, y in loader:
-        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    for values in loader:
+        yield [value.to(device, non_blocking=True) for value in values]
 
 def draws(cfg, step, rank, world, latent, device, stream="step"):
     """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b]."""
@@ -349,11 +355,12 @@ def load_pair(cfg, rank):
     if not (steps := checkpoints(cfg.out)):
         return None
     path = Path(cfg.out) / f"step_{steps[-1]:07d}.pt"
-    plays, resumes = (read_weights(p, mmap=True) for p in (path, path.with_suffix(".resume.pt")))
+    plays, resumes = (read_weights(p) for p in (path, path.with_suffix(".resume.pt")))
     old, new = plays["config"], asdict(cfg)
     if cfg.train_vae and cfg.gan and "opt_disc" not in resumes:
         raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init")
     fixed = "data resolution sit teacher train_vae latent_norm stop_grad path batch seed hflip".split()
+    fixed += [] if cfg.train_vae else ["vae"]
     if wrong := [f"{key} was {old[key]!r}, is {new[key]!r}" for key in fixed if old.get(key) != new[key]]:
         raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use those, or another --out")
     changed = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new if key != "dry" and old.get(key) != new[key]]
@@ -419,13 +426,21 @@ def start_from(sit, path):
     sit.load_state_dict(own | fits)
     print(f"--init={path}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
 
+def posterior(vae, x, cached):
+    """Images x, or [moments] of the cache -> mean, logvar [b, C, h, w]."""
+    if not cached:
+        return vae.encode(x)
+    mean, std = cached[0].float().unbind(1)
+    return mean, 2 * std.log()
+
 @torch.no_grad()
 def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, steps=8):
     """The latents' own mean and variance over a few batches: where `bn` starts if no file of statistics is given."""
     for step in range(steps):
         for noise in draws(cfg, step, rank, world, latent, device, "statistics")[2].split(cfg.micro_batch):
+            image, _, *cached = next(batches)
             with autocast(device):
-                mean, logvar = vae.encode(to_float(next(batches)[0]))
+                mean, logvar = posterior(vae, to_float(image), cached)
             sit.bn.normalise_batch(vae.sample(mean, logvar, noise))
     sit.bn.set(*sit.bn.pending_statistics())
     sit.bn.pending = None
@@ -469,7 +484,8 @@ def run(cfg, rank, world, device):
     latent = (vae.cfg.z_channels, *[cfg.resolution // vae.cfg.downsampling] * 2)            # C, h, w
     micro = min(cfg.micro_batch, cfg.batch // world)                                        # images at a time
     accumulate = cfg.batch // world // micro
-    stream = partial(batches_of, data, cfg, rank, world, device)
+    source = Cached(data, cfg.latents, vae, images=teacher is not None) if cfg.latents else data
+    stream = partial(batches_of, source, cfg, rank, world, device)
 
     # what is trained, each with its own AdamW. EMA copies are taken before anything is compiled
     vae.requires_grad_(cfg.train_vae)
@@ -529,14 +545,14 @@ def run(cfg, rank, world, device):
         gan_on, before, terms = disc is not None and step >= cfg.gan_start, [b.clone() for b in buffers], {}
         drawn = [values.split(micro) for values in draws(cfg, step, rank, world, latent, device)]
         for i, (t, eps, noise, drop, flip) in enumerate(zip(*drawn)):
-            image, y = log.wait(batches)                                    # uint8 [b, 3, R, R], [b]
+            image, y, *cached = log.wait(batches)                           # uint8 [b, 3, R, R], [b]
             image = torch.where(flip[:, None, None, None], image.flip(-1), image) if cfg.hflip else image
             x, now = to_float(image), {}                                    # x float [b, 3, R, R] in [-1, 1]
             with syncing(i == accumulate - 1, vae_train, disc_train, sit_train):
                 with torch.no_grad(), autocast(device):
                     f = [teacher(image)] if teacher else []                 # [b, T, d]
                     if not cfg.train_vae:
-                        z = vae.sample(*vae.encode(x), noise)               # [b, C, h, w]
+                        z = vae.sample(*posterior(vae, x, cached), noise)   # [b, C, h, w]
 
                 # 1. VAE: pixels, KL, GAN; and alignment through the frozen SiT, the VAE's only signal from there
                 if cfg.train_vae:
@@ -642,7 +658,7 @@ def main(argv):
     if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES and not cfg.init:
         # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half
         stage = replace(cfg, out=f"{cfg.out}/first-stage", sit="none", teacher="none", steps=cfg.first_stage,
-                        first_stage=0, gan_start=cfg.first_stage // 2, train_vae=True, stop_grad=True)
+                        first_stage=0, latents="", gan_start=cfg.first_stage // 2, train_vae=True, stop_grad=True)
         if not checkpoints(cfg.out):
             Path(stage.out).mkdir(exist_ok=True)
             run(stage, rank, world, device)

@@ -15,8 +15,13 @@
 | f8d16  | 16 | 16 x 32 x 32      | 83,819,683 | Stable Diffusion 3, FLUX                     |
 | tiny   | 8  | 8 x 8 x 8 (32 px) | 622,232    | the laptop preset                            |
 
+    python vae.py pack imagenet/train imagenet.npz          # crop once, train from one memory-mapped file
+    torchrun --nproc_per_node=8 vae.py encode sdvae imagenet.npz latents    # for runs with a frozen VAE
+    python vae.py export runs/repa-e --to my-vae            # for diffusers, and as the authors' files
+    python vae.py reconstruct runs/repa-e photos --out=grid.png
+
 Names of modules follow latent-diffusion's AutoencoderKL, so that published weights load without a converter.
-This file knows nothing of SiT, of the teacher, of optimizers or of processes.
+This file knows nothing of SiT, of the teacher or of optimizers.
 """
 import hashlib
 import json
@@ -84,7 +89,7 @@ class Folder:
                                  "name the folder whose subfolders are the classes (or that holds the images)")
             self.files += found
             self.labels += [label] * len(found)
-        self.resolution = resolution or min(Image.open(self.files[0]).size)
+        self.resolution = resolution or (256 if folders else min(Image.open(self.files[0]).size))
 
     def __len__(self):
         return len(self.files)
@@ -116,8 +121,7 @@ class Shapes:
         return self.length
 
     def __getitem__(self, indices):
-        images, labels, _ = self.draw(indices)
-        return images, labels
+        return self.draw(indices)[:2]
 
     def draw(self, indices):
         """Indices -> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
@@ -183,25 +187,15 @@ class Shapes:
         heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55), (0.9, -0.1), (0.5, 0.45), (0, 0.95)]
         heart = heart + [(-x, y) for x, y in heart[-2:0:-1]]
         arrow = [(0, -1), (0.8, -0.1), (0.33, -0.1), (0.33, 0.95), (-0.33, 0.95), (-0.33, -0.1), (-0.8, -0.1)]
-        return torch.stack([
-            r - 0.9,
-            (r - 0.72).abs() - 0.2,
-            box(X, Y, 0.8, 0.8),
-            box(X, Y, 0.68, 0.68).abs() - 0.18,
-            polygon(spokes([1.05] * 3)),
-            polygon(spokes([1.1, 0.45] * 5)),
-            torch.minimum(box(ax, Y, 0.95, 0.28), box(ax, Y, 0.28, 0.95)),
-            polygon(heart),
-            torch.maximum(r - 0.95, 0.75 - ((X - 0.5) ** 2 + Y * Y).sqrt()),
-            polygon(arrow),
-        ])
+        plus = torch.minimum(box(ax, Y, 0.95, 0.28), box(ax, Y, 0.28, 0.95))
+        moon = torch.maximum(r - 0.95, 0.75 - ((X - 0.5) ** 2 + Y * Y).sqrt())
+        return torch.stack([r - 0.9, (r - 0.72).abs() - 0.2, box(X, Y, 0.8, 0.8), box(X, Y, 0.68, 0.68).abs() - 0.18,
+                            polygon(spokes([1.05] * 3)), polygon(spokes([1.1, 0.45] * 5)), plus, polygon(heart), moon,
+                            polygon(arrow)])
 
 class Packed:
     """An .npz in ADM's layout, memory-mapped: arr_0 uint8 [N, R, R, 3], labels arr_1 [N] (-1: not an image), classes.
-
-    Such are the files of `vae.py pack`, of sample.py, and ADM's references; the other arrays are in .held.
-    """
-
+    Such are the files of `vae.py pack`, of sample.py, and ADM's references; the other arrays are in .held."""
     def __init__(self, path):
         self.path, self.shape, dtype = path, (0, 0, 0, 3), np.uint8
         try:
@@ -284,13 +278,19 @@ def pack(folder: str, out: str, resolution: int = 256):
     print(f"{out}: {len(data) - len(unreadable)} images, {len(unreadable)} unreadable")
 
 def open_images(path, resolution=0):
-    """'tiny', an .npz or a folder's path -> a data set (see the head of this section), cropped to R; 0: as it comes
-    (32 px, or the first image's size). ValueError says what is wrong with it."""
-    if path == "tiny":
-        return Shapes(resolution or 32)
-    data = Packed(path) if path.endswith(".npz") else Folder(path, resolution)
+    """'tiny', an .npz or a folder's path -> a data set (see the head of this section), cropped to R; 0: a tree to
+    256 px, others as they come (tiny 32, a folder of images like its first). ValueError says what is wrong."""
+    data = (Shapes(resolution or 32) if path == "tiny" else Packed(path) if path.endswith(".npz") else
+            Folder(path, resolution))
     if resolution not in (0, data.resolution):
         raise ValueError(f"{path} holds images of {data.resolution} px, expected {resolution}")
+    return data
+
+def open_for(vae, path, resolution):
+    """open_images, of a resolution that the VAE can encode."""
+    data = open_images(path, resolution)
+    if data.resolution % vae.cfg.downsampling:
+        raise ValueError(f"{path} at {data.resolution} px: give --resolution=, a multiple of {vae.cfg.downsampling}")
     return data
 
 def principal_colours(z, side):
@@ -329,7 +329,6 @@ VAES = {
 
 class ResBlock(nn.Module):
     """x [B, c_in, h, w] -> [B, c_out, h, w]: x + conv(silu(norm(conv(silu(norm(x))))))."""
-
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -344,7 +343,6 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over the h*w positions, one head of width c."""
-
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -358,7 +356,6 @@ class Attention(nn.Module):
 
 class Downsample(nn.Module):
     """[B, c, h, w] -> [B, c, h/2, w/2]: padded on the right and at the bottom only, as in latent-diffusion."""
-
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -368,7 +365,6 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """[B, c, h, w] -> [B, c, 2h, 2w]."""
-
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -397,7 +393,6 @@ def make_middle(c, groups):
 
 class Encoder(nn.Module):
     """float [B, 3, R, R] -> moments [B, 2C, h, w]."""
-
     def __init__(self, cfg):
         super().__init__()
         widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
@@ -423,7 +418,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """latents [B, C, h, w] -> float [B, 3, R, R]."""
-
     def __init__(self, cfg):
         super().__init__()
         widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
@@ -450,7 +444,6 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """AutoencoderKL. forward(x, noise) is one training pass; encode, sample and decode are its parts."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, C = cfg, cfg.z_channels
@@ -502,7 +495,6 @@ class VAE(nn.Module):
 
 class Discriminator(nn.Module):
     """PatchGAN with three strided layers (Isola et al., pix2pix): float [B, 3, R, R] -> logits, one per patch."""
-
     def __init__(self, ch=64):
         super().__init__()
 
@@ -552,7 +544,6 @@ class Perceptual(nn.Module):
 
     legacy_range feeds 2x - 1 of images that are already in [-1, 1], as the authors' first release did.
     """
-
     def __init__(self, legacy_range=False):
         super().__init__()
         import lpips  # here, because `tiny` runs and most tests need neither it nor its scipy
@@ -586,16 +577,16 @@ HUB = "https://huggingface.co/{}/resolve/main/{}"
 PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # the authors' start VAEs: name -> preset
 
 def known(name):
-    """-> a repository of huggingface.co and its files, the weights last; None for other names."""
+    """`sdvae`, `hf:OWNER/NAME[/FOLDER]` (an AutoencoderKL), `hf:OWNER/NAME/FILE` -> a repository of huggingface.co and
+    its files, the weights last; None for other names."""
     if name in PUBLISHED:
         parts = ("-latents-stats", "-discriminator-ckpt", "")
         return f"REPA-E/{name}", [f"{name}-{PUBLISHED[name]}{part}.pt" for part in parts]
-    if name in ("sit-repae-sdvae", "sit-repae-invae", "sit-repae-vavae"):
-        return f"REPA-E/{name}", ["args.json", "checkpoints/0400000.pt"]
-    owner, _, rest = name.removeprefix("hf:").partition("/")            # hf:OWNER/NAME[/FOLDER]: an AutoencoderKL
-    repository, *folder = rest.split("/")
-    files = ("config.json", "diffusion_pytorch_model.safetensors")
-    return (f"{owner}/{repository}", ["/".join([*folder, file]) for file in files]) if name.startswith("hf:") else None
+    if not re.fullmatch(r"hf:[^/]+/[^/]+(/.+)?", name):
+        return None
+    owner, repository, *path = name[3:].split("/")
+    files = [[]] if path and "." in path[-1] else [["config.json"], ["diffusion_pytorch_model.safetensors"]]
+    return f"{owner}/{repository}", ["/".join(path + file) for file in files]
 
 def download(repository, files):
     """-> the local path of the last file. Each is downloaded once, to torch.hub's cache."""
@@ -607,8 +598,7 @@ def download(repository, files):
             try:
                 torch.hub.download_url_to_file(url, str(target))
             except OSError as error:
-                raise ValueError(f"cannot download {url} ({error}): put that file at {target}, "
-                                 "or name a local file") from None
+                raise ValueError(f"cannot download {url} ({error}): put it at {target}, or name a local file") from None
     return target
 
 def find_checkpoint(name):
@@ -629,7 +619,7 @@ def first_line(error):
     """What an exception says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
-def read_weights(path, mmap=True):
+def read_weights(path):
     """A .pt file -> its content (tensors, numbers, dicts), of which only what is used comes into memory. ValueError in
     one line if it isn't such a file."""
     import argparse
@@ -642,6 +632,12 @@ def read_weights(path, mmap=True):
         raise ValueError(f"{path} is no file of weights (or holds more than weights, which is never loaded)") from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from None
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no JSON file: {first_line(error)}") from None
 
 def load_strict(module, state, what):
     """load_state_dict that names the first missing, unexpected and misshapen keys in one line."""
@@ -742,10 +738,7 @@ def from_diffusers(path, theirs):
     cfg, file = guess_config(state, path), path.parent / "config.json"
     if not file.exists():
         return cfg, state, None
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {first_line(error)}") from None
+    config = read_json(file)
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * cfg.z_channels
     std = config.get("latents_std") or [1 / config.get("scaling_factor", 0.18215)] * cfg.z_channels
     stats = torch.tensor(mean).flatten(), torch.tensor(std, dtype=torch.float64).flatten().square().float()
@@ -836,15 +829,15 @@ def shared_array(path, dtype, shape):
 def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int = 64):
     """Makes the cache, in float32, on as many processes as torchrun starts: each encodes its part of the images. The
     same command goes on after a kill."""
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    images, vae, folder = open_images(data, resolution), load_vae(checkpoint)[0], Path(out)
+    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    vae, folder = load_vae(checkpoint)[0], Path(out)
+    images = open_for(vae, data, resolution)
     N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(vae, images)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cache.json").exists():
         (folder / f"cache.json.{rank}").write_text(json.dumps(about))
         (folder / f"cache.json.{rank}").replace(folder / "cache.json")
-    if json.loads((folder / "cache.json").read_text()) != about:
+    if read_json(folder / "cache.json") != about:
         raise ValueError(f"{out} is a cache of another VAE or of other data: name another folder, or remove it")
     latents = shared_array(folder / "latents.npy", "<f2", (N, 2, vae.cfg.z_channels, side, side))
     checksums = shared_array(folder / "checksums.npy", "<u4", (N,))
@@ -862,16 +855,12 @@ def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int
 
 class Cached:
     """A data set and its cache: data[[i, ...]] -> images, labels, moments float16 [B, 2, C, h, w] (mean, std).
-
-    images=False: the images are not read; [B, 3, 0, 0].
-    """
-
+    images=False leaves the files unread: images [B, 3, 0, 0]."""
     def __init__(self, data, folder, vae, images=True):
-        self.data, self.path, self.images = data, Path(folder) / "latents.npy", images
+        self.data, self.path, self.images = data, Path(folder) / "latents.npy", images or not hasattr(data, "labels")
+        about = read_json(self.path.parent / "cache.json")
         try:
-            about = json.loads((self.path.parent / "cache.json").read_text())
-            self.checksums = np.load(self.path.parent / "checksums.npy")
-            np.load(self.path, mmap_mode="r")
+            self.checksums, _ = np.load(self.path.parent / "checksums.npy"), np.load(self.path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{folder} is no cache of vae.py encode ({first_line(error)})") from None
         for what, own in identity(vae, data).items():
@@ -900,7 +889,8 @@ def reconstruct(checkpoint: str, images: str, out: str = "reconstructions.png", 
     """A picture with a row for each of `count` images (tiny, a folder, an .npz): itself, its reconstruction, and its
     latents' three principal components as colours. Prints the rows' PSNR."""
     from sample import grid, save_png
-    data, vae = open_images(images, resolution), load_vae(checkpoint)[0].eval()
+    vae = load_vae(checkpoint)[0].eval()
+    data = open_for(vae, images, resolution)
     x, _ = data[np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()]
     z, _ = vae.encode(to_float(x))
     rec = to_uint8(vae.decode(z))
@@ -911,10 +901,10 @@ def reconstruct(checkpoint: str, images: str, out: str = "reconstructions.png", 
 
 def main(argv):
     from sample import nearest, parse
-    commands = {"export": export, "pack": pack, "encode": encode, "reconstruct": reconstruct}
-    if not argv or argv[0] not in commands:
-        raise ValueError(f"unknown command {argv[0] if argv else ''!r}{nearest(argv[0] if argv else '', commands)}")
-    parse(commands[argv[0]], argv[1:])
+    commands, (name, *words) = {f.__name__: f for f in (export, pack, encode, reconstruct)}, argv or [""]
+    if name not in commands:
+        raise ValueError(f"unknown command {name!r}{nearest(name, commands)}")
+    parse(commands[name], words)
 
 if __name__ == "__main__":
     from sample import friendly

@@ -2,6 +2,8 @@
 
     python tests/bench.py --preset=tiny
     python tests/bench.py --preset=sdvae --batch=32 --compile=1         # random weights of the true shapes, no download
+    python tests/bench.py evaluation        # features beside torch-fidelity's in turns, metrics of 50,000 samples
+    python tests/bench.py data              # reading images: a folder of JPEGs, and the same packed
 
 Any option of train.py can be given. The parts are train.py's own calls in its order, with the device drained between
 them; the whole step is also timed without that, as the loop runs it. The DINOv2 and the VGG16 here are random networks
@@ -142,7 +144,91 @@ def bench(cfg, device, steps):
     return {name: total / steps for name, total in ms.items()}, whole, memory
 
 
+def evaluation():
+    """Inception's features beside torch-fidelity's on the same random weights, in turns; metrics of N = 50,000."""
+    import resource
+    import tempfile
+
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    import evaluate as ev
+    torch.manual_seed(0)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    drain = torch.cuda.synchronize if cuda else lambda: None
+    file = tempfile.NamedTemporaryFile(suffix=".pth")
+    torch.save(ev.Inception().state_dict(), file.name)
+    ours = ev.load_inception(file.name).to(device)
+
+    def memory():
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    print(f"memory of the process with Inception: {memory()}")
+    fake, real = torch.rand(50_000, 2048).square_().to(device), torch.rand(10_000, 2048).square_().to(device)
+    moments, stats, timed = [ev.Moments(2048, device), ev.Moments(2048, device)], [], {}
+
+    def timing(name, what):
+        drain()
+        begin = time.perf_counter()
+        result = what()
+        drain()
+        timed[name] = time.perf_counter() - begin
+        return result
+    timing("moments", lambda: [m.update(part) for m, rows in zip(moments, (fake, real)) for part in rows.split(64)])
+    stats = [value for m in moments for value in m.result()]
+    timing("FID", lambda: ev.frechet(*stats))
+    timing("IS", lambda: ev.inception_score(ours.logits(fake)))
+    timing("precision, recall", lambda: ev.precision_recall(real, fake))
+    print("metrics of 50,000 against 10,000: " + ", ".join(f"{name} {value:.1f} s" for name, value in timed.items()))
+    print(f"peak memory of the process: {memory()}")
+    theirs = FeatureExtractorInceptionV3("bench", ["2048"], file.name).to(device)
+    for size in (32, 256, 299):
+        x = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, device=device)
+        seconds = {"ours": [], "torch-fidelity": []}
+        for turn in range(6):
+            for name, net in (("ours", ours), ("torch-fidelity", theirs)):
+                drain()
+                begin = time.perf_counter()
+                with torch.no_grad():
+                    net(x)
+                drain()
+                seconds[name].append(time.perf_counter() - begin)
+        best = {name: 16 / min(times[1:]) for name, times in seconds.items()}
+        print(f"features at {size:3d} px: {best['ours']:.1f} images/s, torch-fidelity {best['torch-fidelity']:.1f}, "
+              f"ratio {best['ours'] / best['torch-fidelity']:.2f}")
+
+
+def data():
+    """Images/s from 640 JPEGs of 500 x 375 px, cropped to 256, and from their pack, on one core and with workers."""
+    import os
+    import tempfile
+
+    import numpy as np
+    from PIL import Image
+
+    import vae as V
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for i in range(640):
+            path = Path(folder) / "tree" / f"{i % 10}" / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))     # smooth, as photographs are
+            small.resize((500, 375), Image.BICUBIC).save(path, quality=90)
+        begin = time.perf_counter()
+        V.pack(f"{folder}/tree", f"{folder}/tree.npz", 256)
+        print(f"pack: {640 / (time.perf_counter() - begin):.0f} images/s on {os.cpu_count()} cores")
+        for name in ("tree", "tree.npz"):
+            images = V.open_images(f"{folder}/{name}", 256)
+            for workers in (0, 2):
+                order = [list(range(i, i + 32)) for i in range(0, 640, 32)] * (10 if name == "tree.npz" else 1)
+                loader = torch.utils.data.DataLoader(images, batch_size=None, sampler=order, num_workers=workers)
+                begin = time.perf_counter()
+                count = sum(len(x) for x, _ in loader)
+                print(f"{name}, {workers} workers: {count / (time.perf_counter() - begin):.0f} images/s")
+
+
 def main():
+    if sys.argv[1:] in (["evaluation"], ["data"]):
+        return evaluation() if sys.argv[1] == "evaluation" else data()
     cfg = parse(train.Config, sys.argv[1:], train.PRESETS)
     cfg.batch = min(cfg.batch, cfg.micro_batch)     # one micro-batch: what a device has at a time
     _, _, device = start()

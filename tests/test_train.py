@@ -371,6 +371,68 @@ def test_vae_and_init_from_a_checkpoint(tmp_path):
     assert torch.allclose(third["ema"]["blocks.0.attn.qkv.weight"], first["ema"]["blocks.0.attn.qkv.weight"])
 
 
+def losses(out):
+    """The numbers of each logged step, without times."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("ms", "data_ms")} for line in lines if "step" in line]
+
+
+def test_packed_training_equals_folder_training(tmp_path):
+    """vae.py pack takes the folder's place: the same batches, so the same weights bit by bit."""
+    make_tree(tmp_path / "images")
+    V.pack(str(tmp_path / "images"), str(tmp_path / "images.npz"), 32)
+    words = ("--teacher=none", "--repa_sit=0", "--repa_vae=0", "--steps=2", "--batch=4", "--workers=1")
+    folder, packed = (run(config(tmp_path / f"run-{name}", f"--data={tmp_path / name}", *words))
+                      for name in ("images", "images.npz"))
+    for a, b in zip(folder, packed):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("teacher", ["tiny", "none"])
+def test_cache_equals_encoding_on_the_fly(tmp_path, teacher):
+    """The second stage: a frozen VAE's cached latents, with the posterior's noise of the step, give the losses that
+    encoding gives, within float16's rounding. Another VAE's cache, or a resume with another VAE, is refused."""
+    run(config(tmp_path / "vae", "--sit=none", "--teacher=none", "--steps=3", "--lr_vae=1e-2"))
+    V.pack(str(make_tree(tmp_path / "images")), str(tmp_path / "tree.npz"), 32)
+    data = {"tiny": "tiny", "none": str(tmp_path / "tree.npz")}[teacher]
+    short = V.Shapes.__init__.__defaults__
+    V.Shapes.__init__.__defaults__ = (32, 40, 0)                    # 40 images of the tiny world are enough here
+    try:
+        V.encode(str(tmp_path / "vae"), data, str(tmp_path / "cache"), 32)
+        frozen_vae = [f"--vae={tmp_path / 'vae'}", f"--data={data}", "--train_vae=0", "--latent_norm=fixed",
+                      "--steps=3", "--log_every=1", "--batch=4", "--workers=0"]
+        frozen_vae += ["--teacher=none", "--repa_sit=0"] if teacher == "none" else []
+        cached = [*frozen_vae, f"--latents={tmp_path / 'cache'}"]
+        encoded = run(config(tmp_path / "a", *frozen_vae))
+        read = run(config(tmp_path / "b", *cached))
+        for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+            assert a == pytest.approx(b, rel=2e-3) and a["v"] != 0
+        assert_equal(encoded[0]["vae"], read[0]["vae"])
+        assert_close(encoded[0], read[0], ["ema"], 2e-3)
+        words = ("--sit=none", "--teacher=none", "--steps=1", "--seed=5")
+        run(config(tmp_path / "other", *words))
+        with pytest.raises(ValueError, match="cache of another VAE"):
+            run(config(tmp_path / "c", *cached, f"--vae={tmp_path / 'other'}"))
+        with pytest.raises(ValueError, match="vae was .*other"):
+            run(config(tmp_path / "b", *cached, f"--vae={tmp_path / 'other'}"))
+    finally:
+        V.Shapes.__init__.__defaults__ = short
+    assert any("--latents is for a frozen VAE" in line for line in check(config("x", "--latents=cache"), 1))
+    assert any("flipped" in line for line in check(config("x", *cached, "--hflip=1"), 1))
+
+
+def test_sd3_and_flux_shaped_vaes_train_jointly(tmp_path):
+    """f8d16 (16 channels, no quant convs) goes through the whole joint step, and its gradients reach the encoder."""
+    before = V.load_vae("f8d16")[0].state_dict()
+    torch.save(before, tmp_path / "flux.pt")
+    plays, _ = run(config(tmp_path / "run", f"--vae={tmp_path / 'flux.pt'}", "--sit=2-32-2/1", "--batch=2", "--steps=1",
+                          "--disc_warmup=0"))
+    assert plays["sit_config"]["channels"] == 16 and plays["vae_config"]["quant_conv"] is False
+    assert not torch.equal(plays["vae"]["encoder.conv_in.weight"], before["encoder.conv_in.weight"])
+    line, = losses(tmp_path / "run")
+    assert all(np.isfinite(value) for value in line.values()) and {"align_vae", "v", "disc"} <= line.keys()
+
+
 def test_discriminator_warm_up_leaves_the_vae(tmp_path, monkeypatch):
     """A VAE without discriminator gets one that was trained on its reconstructions, the VAE untouched."""
     first, _ = run(config(tmp_path / "a", "--sit=none", "--teacher=none", "--gan=0", "--steps=1"))

@@ -334,10 +334,10 @@ def test_published_names_download_three_files(tmp_path, monkeypatch):
     assert [url.removeprefix("https://huggingface.co/REPA-E/invae/resolve/main/") for url in urls] == [
         "invae-f16d32-latents-stats.pt", "invae-f16d32-discriminator-ckpt.pt", "invae-f16d32.pt"]
     urls.clear()
-    assert V.find_checkpoint("sit-repae-invae").name == "0400000.pt"
+    assert V.find_checkpoint("hf:REPA-E/sit-repae-invae/checkpoints/0400000.pt").name == "0400000.pt"
     assert V.find_checkpoint("hf:black-forest-labs/FLUX.1-dev/vae").parent.name == "vae"
     assert [url.removeprefix("https://huggingface.co/") for url in urls] == [
-        "REPA-E/sit-repae-invae/resolve/main/args.json", "REPA-E/sit-repae-invae/resolve/main/checkpoints/0400000.pt",
+        "REPA-E/sit-repae-invae/resolve/main/checkpoints/0400000.pt",
         "black-forest-labs/FLUX.1-dev/resolve/main/vae/config.json",
         "black-forest-labs/FLUX.1-dev/resolve/main/vae/diffusion_pytorch_model.safetensors"]
 

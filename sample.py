@@ -151,6 +151,7 @@ def friendly(main):
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
                 print(f"error{where}: {text.splitlines()[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
             sys.stdout.flush()
+            traceback.clear_frames(error.__traceback__)     # data workers end with their loader
             if dist.is_initialized():
                 os._exit(code)      # at once: the others may wait in a collective; torchrun ends them when this is gone
             sys.exit(code)

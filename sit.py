@@ -50,24 +50,18 @@ def data_noise_from_velocity(v, z_t, t, path="linear"):
     det = alpha * d_sigma - sigma * d_alpha         # linear: 1, cosine: pi/2; never 0
     return (d_sigma * z_t - sigma * v) / det, (alpha * v - d_alpha * z_t) / det
 
-def velocity_from_data(zn, z_t, t, path="linear"):
-    """Predicted clean latents -> velocity; defined for t > 0, where sigma > 0."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
-    return d_alpha * zn + d_sigma * (z_t - alpha * zn) / sigma
-
-def velocity_from_noise(eps, z_t, t, path="linear"):
-    """Predicted noise -> velocity; defined for t < 1, where alpha > 0."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
-    return d_alpha * (z_t - sigma * eps) / alpha + d_sigma * eps
-
 def score_from_velocity(v, z_t, t, path="linear"):
     """score = grad log p_t(z_t) = -E[eps | z_t] / sigma; defined for t > 0 (SiT, equation 9)."""
     _, eps = data_noise_from_velocity(v, z_t, t, path)
     return -eps / interpolant(expand(t, z_t), path)[1]
 
-def velocity_from_score(score, z_t, t, path="linear"):
-    """The inverse of score_from_velocity; defined for t < 1."""
-    return velocity_from_noise(-interpolant(expand(t, z_t), path)[1] * score, z_t, t, path)
+def velocity_from(kind, value, z_t, t, path="linear"):
+    """Predicted "data" (t > 0), "noise" or "score" (both t < 1) -> velocity."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
+    if kind == "data":
+        return d_alpha * value + d_sigma * (z_t - alpha * value) / sigma
+    eps = -sigma * value if kind == "score" else value
+    return d_alpha * (z_t - sigma * eps) / alpha + d_sigma * eps
 
 def time_from_uniform(u, weighting="uniform", path="linear"):
     """u uniform in (0, 1), [B] -> training times t [B]: u itself, or EDM's lognormal sigma = exp(N(0, 1))."""

@@ -21,10 +21,15 @@ A run's folder (--out) gets metrics.jsonl, previews, and pairs of checkpoints: s
 --init, --vae), step_N.resume.pt continues. The same command again resumes.
 """
 import copy
+import fcntl
 import json
 import os
 import platform
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -43,8 +48,8 @@ from repa import align_loss, load_teacher, teacher_shape
 from sample import (Model, all_mean, autocast, friendly, grid, parse, rank0_first, save_png, seed_of, start)
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
-                 config_from_dict, discriminator_loss, find_checkpoint, generator_loss, kl_divergence, load_strict,
-                 load_vae, open_images, read_weights, reconstruction_loss, to_float, to_uint8)
+                 config_from_dict, discriminator_loss, find_checkpoint, generator_loss, identity, kl_divergence,
+                 load_strict, load_vae, open_images, read_weights, reconstruction_loss, to_float, to_uint8)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
@@ -100,6 +105,7 @@ class Config:
     seed: int = 0
     # machine
     compile: str = "auto"           # torch.compile: auto (on GPUs), 1, 0
+    deterministic: bool = False     # the same bits each time on a GPU, too: slower
     workers: int = 8                # processes that decode images, for each rank
     # output
     log_every: int = 100
@@ -219,9 +225,14 @@ def batches_of(data, cfg, rank, world, device, stream, first_step=0):
     workers = 0 if cfg.data == "tiny" else cfg.workers
     loader = torch.utils.data.DataLoader(
         data, batch_size=None, sampler=Order(len(data), cfg, rank, world, first_step, stream), num_workers=workers,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals)
     for values in loader:
         yield [value.to(device, non_blocking=True) for value in values]
+
+def ignore_signals(_):
+    """Data workers leave signals to the process that they work for; they end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 def draws(cfg, step, rank, world, latent, device, stream="step"):
     """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b]."""
@@ -301,9 +312,10 @@ class Log:
             self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
         self.count += 1
     def write(self, line):
-        if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        with surviving("metrics.jsonl"):
+            if self.rank == 0:
+                with open(self.out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
     def flush(self, step, cfg, skipped):
         """Prints the means since the last call in one line, and writes them as JSON."""
         sums = dict(zip(self.sums, all_mean(torch.stack(list(self.sums.values()))).tolist()))
@@ -320,6 +332,10 @@ class Log:
             parts += [f"{cfg.batch / seconds:.0f} img/s", f"{line['ms']:.0f} ms, data {line['data_ms']:.0f}"]
             parts += [f"{memory['GiB']:.1f} GiB"] if memory else []
             parts += [f"SKIPPED {line['skipped']}"] if line["skipped"] else []
+            if mean.get("z_var", 1.0) < 0.05:
+                parts.append(f"WARNING: the latents collapse, their spatial variance is {mean['z_var']:.4f}")
+            if not 0.02 < mean.get("disc", 1.0) < 2:        # hinge: 0 where it always wins, 1 where it knows nothing
+                parts.append("WARNING: the discriminator wins or runs away: lower --gan or --lr_disc")
             parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
             print(f"step {step:07d}/{cfg.steps:07d}", *parts, sep=" | ", flush=True)
         self.write(line)
@@ -334,17 +350,60 @@ def checkpoints(out):
     plays = [name for name in names if re.fullmatch(r"step_\d{7,}\.pt", name)]
     return sorted(int(name[5:-3]) for name in plays if f"{name[:-3]}.resume.pt" in names)
 
+@contextmanager
+def surviving(what, last=False):
+    """A disk that is full, read-only or gone is reported, and the run goes on; `last` has no later chance."""
+    try:
+        yield
+    except OSError as error:
+        if last:
+            raise
+        print(f"could not write {what} ({error.strerror}): going on, the next interval tries again", flush=True)
+
+def lock(out):
+    """One run in a folder at a time. The system ends the lock with its process, so none is ever stale."""
+    fd = os.open(Path(out) / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        user = os.read(fd, 200).decode()
+        raise ValueError(f"{out} is in use by {user}: stop that run, or name another --out") from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
+
+class PoliteStop:
+    """SIGTERM and SIGINT ask for a stop. All processes call it after each step: was any of them asked? (On the CPU, so
+    that no GPU waits.) A second signal, 3 s later, ends the process at once."""
+    def __init__(self, world):
+        self.asked, self.group = 0.0, dist.new_group(backend="gloo") if world > 1 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+    def ask(self, *_):
+        if self.asked and time.time() > self.asked + 3:
+            os._exit(1)
+        self.asked = self.asked or time.time()
+    def __call__(self):
+        flag = torch.tensor(float(self.asked > 0))
+        if self.group is not None:
+            dist.all_reduce(flag, group=self.group)
+        return flag.item() > 0
+
 def save(cfg, step, plays, resumes):
     """Both files of a step, the one that plays last: it completes the pair. Then the old pairs go."""
     out = Path(cfg.out)
     for name, content in ((f"step_{step:07d}.resume.pt", resumes), (f"step_{step:07d}.pt", plays)):
         content = {key: value.state_dict() if hasattr(value, "state_dict") else value
                    for key, value in content.items() if value is not None}
-        with open(out / f"{name}.tmp", "wb") as file:       # on the disk before it gets its name: whole or not at all
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(out / f"{name}.tmp", out / name)
+        try:
+            with open(out / f"{name}.tmp", "wb") as file:   # on the disk before it gets its name: whole or not at all
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(out / f"{name}.tmp", out / name)
+        except RuntimeError as error:                       # torch.save's, after the disk's own
+            raise error.__context__ or error
+        finally:
+            (out / f"{name}.tmp").unlink(missing_ok=True)
     for old in checkpoints(out)[: -cfg.keep]:
         if old % cfg.keep_every:
             (out / f"step_{old:07d}.pt").unlink()
@@ -473,14 +532,20 @@ def check_replicas(world, **networks):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
 
-def run(cfg, rank, world, device):
-    """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one."""
+def run(cfg, rank, world, device, stop=lambda: False):
+    """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one. -> False if stop() ended it."""
     data = open_images(cfg.data, cfg.resolution)
     pair = load_pair(cfg, rank)
     first = pair[0]["steps"] if pair else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
     vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, world, device)
+    fingerprint = identity(vae, data)["data"][:16]
+    if pair and pair[0].get("data", fingerprint) != fingerprint:
+        raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): name another --out")
+    need = 16 * sum(p.numel() for net in (vae, sit, disc) if net for p in net.parameters())     # weights, EMA, AdamW
+    if shutil.disk_usage(cfg.out).free < need:
+        raise ValueError(f"--out={cfg.out} has no room for a checkpoint of {need / 1e9:.2f} GB")
     latent = (vae.cfg.z_channels, *[cfg.resolution // vae.cfg.downsampling] * 2)            # C, h, w
     micro = min(cfg.micro_batch, cfg.batch // world)                                        # images at a time
     accumulate = cfg.batch // world // micro
@@ -519,13 +584,16 @@ def run(cfg, rank, world, device):
     sit_train = parallel(sit, world, device)
     batches = stream("epoch", first)
     log = Log(cfg.out, rank, device)
-    log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS, "images": len(data)})
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    log.write({"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS, "images": len(data),
+               "data": fingerprint, "git": git.stdout.strip(), "threads": torch.get_num_threads()})
 
     for step in range(first, cfg.steps + 1):            # one turn more than steps: the last one only looks and saves
-        done = step == cfg.steps
+        done, stopping = step == cfg.steps, stop()
         if step > first and (done or step % cfg.preview_every == 0) and rank == 0:
-            preview(cfg, step, vae_ema or vae, ema, data, device)
-        if step > first and (done or step % cfg.save_every == 0):
+            with surviving("the preview"):
+                preview(cfg, step, vae_ema or vae, ema, data, device)
+        if step > first and (done or stopping or step % cfg.save_every == 0):
             for buffer in buffers:      # each process has its own statistics: keep their mean
                 if buffer.is_floating_point():
                     all_mean(buffer)
@@ -533,13 +601,14 @@ def run(cfg, rank, world, device):
             if rank == 0:
                 plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "sit_config": sit and asdict(sit.cfg),
                          "vae": vae, "vae_ema": vae_ema, "ema": ema, "discriminator": disc, "steps": step,
-                         "classes": list(data.classes), "versions": VERSIONS}
+                         "classes": list(data.classes), "data": fingerprint, "versions": VERSIONS}
                 resumes = {"model": sit, "steps": step, "skipped": skipped.cpu()}
-                save(cfg, step, plays, resumes | {opt_keys[name]: opt for name, opt in opts.items()})
+                with surviving(f"the checkpoint of step {step}", last=done or stopping):
+                    save(cfg, step, plays, resumes | {opt_keys[name]: opt for name, opt in opts.items()})
             if world > 1:
                 dist.barrier()                          # nobody looks for the files before they are there
-        if done:
-            break
+        if done or stopping:
+            return done
 
         # ---------------------------------------------------------------------------------- one step of the paper
         gan_on, before, terms = disc is not None and step >= cfg.gan_start, [b.clone() for b in buffers], {}
@@ -595,6 +664,7 @@ def run(cfg, rank, world, device):
                         now["sit"] = now["v"] + cfg.repa_sit * now["align_sit"]
                     loss = now["sit"] if cfg.stop_grad else now["sit"] + now["vae"]     # naive: one backward of the sum
                     (loss / accumulate).backward()
+            now["z_var"] = z.detach().var((2, 3)).mean()                    # -> 0 where the latents collapse
             terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in now.items()}
 
         # 4. the three updates are independent of each other: clip each, check all once, step all or none
@@ -651,21 +721,26 @@ def main(argv):
         return
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / f".writable-{rank}").write_text("")
-        (Path(cfg.out) / f".writable-{rank}").unlink()
+        if rank == 0:
+            lock(cfg.out)
     except OSError as error:
         raise ValueError(f"cannot write to --out={cfg.out} ({error.strerror}): name another folder") from None
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    stop = PoliteStop(world)
+    finished = True
     if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES and not cfg.init:
         # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half
         stage = replace(cfg, out=f"{cfg.out}/first-stage", sit="none", teacher="none", steps=cfg.first_stage,
                         first_stage=0, latents="", gan_start=cfg.first_stage // 2, train_vae=True, stop_grad=True)
-        if not checkpoints(cfg.out):
-            Path(stage.out).mkdir(exist_ok=True)
-            run(stage, rank, world, device)
+        Path(stage.out).mkdir(exist_ok=True)
+        finished = bool(checkpoints(cfg.out)) or run(stage, rank, world, device, stop)
         cfg = replace(cfg, vae=stage.out, sigma=0.0)    # the stage's VAE carries its sigma
-    run(cfg, rank, world, device)
+    finished = finished and run(cfg, rank, world, device, stop)
     if rank == 0:
-        print(f"done: {cfg.out}" + (f". Samples: python sample.py {cfg.out}" if cfg.sit != "none" else ""))
+        print(f"stopped. To go on: the same command ({' '.join(sys.argv)})" if not finished else
+              f"done: {cfg.out}" + (f". Samples: python sample.py {cfg.out}" if cfg.sit != "none" else ""))
 
 if __name__ == "__main__":
     main()

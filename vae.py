@@ -21,8 +21,9 @@
     python vae.py reconstruct runs/repa-e photos --out=grid.png
 
 Names of modules follow latent-diffusion's AutoencoderKL, so that published weights load without a converter.
-This file knows nothing of SiT, of the teacher or of optimizers.
 """
+import argparse
+import copy
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,11 +56,8 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 def center_crop(image, resolution):
-    """ADM's crop: PIL image of any size -> uint8 [3, R, R].
-
-    The image is halved by BOX while its short side is at least 2R, brought to R by BICUBIC, and its centre is kept
-    (Dhariwal and Nichol, "Diffusion Models Beat GANs", the data of every ImageNet FID since).
-    """
+    """ADM's crop (Dhariwal and Nichol, "Diffusion Models Beat GANs"): PIL image of any size -> uint8 [3, R, R].
+    It is halved by BOX while its short side is at least 2R, brought to R by BICUBIC, and its centre is kept."""
     if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip it
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     image = image.convert("RGB")
@@ -72,7 +71,6 @@ def center_crop(image, resolution):
 
 class Folder:
     """A tree FOLDER/class/image.jpg: classes are the sorted names of the folders. Or a folder of images: one class."""
-
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
     def __init__(self, path, resolution=0):
@@ -80,7 +78,7 @@ class Folder:
         if not path.is_dir():
             raise ValueError(f"no data folder at {path}: expected a tree like {path}/dog/1.jpg, or use --data=tiny")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        self.classes = folders or [path.name]
+        self.classes = folders or [path.absolute().name]
         for label, name in enumerate(self.classes):
             folder = path / name if folders else path
             found = [str(folder / file) for file in sorted(os.listdir(folder)) if file.lower().endswith(self.SUFFIXES)]
@@ -99,19 +97,16 @@ class Folder:
         try:
             with Image.open(self.files[i]) as image:
                 return center_crop(image, self.resolution)
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {self.files[i]}: {error}. Repair or remove it") from None
+        except Exception as error:      # Pillow's decoders raise whatever a damaged file leads them to
+            raise ValueError(f"cannot read image {self.files[i]}: {first_line(error)}. Repair or remove it") from error
 
     def __getitem__(self, indices):
         return torch.stack([self.read(i) for i in indices]), torch.tensor([self.labels[i] for i in indices])
 
 class Shapes:
     """The data of the `tiny` world: ten kinds of shapes, drawn on demand, each image a function of its index alone.
-
-    Position, size, rotation, colours, and a gradient on background and shape vary; the label is the shape. Images
-    0..length-1 are for training; indices beyond are never trained on and serve as held-out data.
-    """
-
+    The label is the shape; its position, size, rotation, colours and shading vary. Images 0..length-1 are for
+    training; indices beyond are held-out data."""
     classes = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "heart", "moon", "arrow"]
 
     def __init__(self, resolution=32, length=50_000, first=0):
@@ -126,38 +121,35 @@ class Shapes:
     def draw(self, indices):
         """Indices -> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
         B, R = len(indices), self.resolution
-        # uniform numbers u [B, 16], a hash of (index, column): splitmix64
-        first = np.asarray(indices, np.uint64) + np.uint64(self.first)
-        n = first[:, None] * np.uint64(16) + np.arange(16, dtype=np.uint64)
-        n = (n + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        n = (n ^ (n >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        n = (n ^ (n >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        u = torch.from_numpy(((n ^ (n >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53).float()
-        label = (u[:, 0] * 10).long()
+        # uniform numbers u [B, 16, 1, 1], a hash of (index, column): splitmix64
+        n = (np.asarray(indices, np.uint64)[:, None] + self.first) * 16 + np.arange(1, 17, dtype=np.uint64)
+        n = n * 0x9E3779B97F4A7C15
+        n = (n ^ (n >> 30)) * 0xBF58476D1CE4E5B9
+        n = (n ^ (n >> 27)) * 0x94D049BB133111EB
+        u = torch.from_numpy(((n ^ (n >> 31)) >> 11) / 2**53).float()[:, :, None, None]
+        label = (u[:, 0, 0, 0] * 10).long()
 
         # pixel coordinates in the frame of the shape, whose "radius" is 1: X, Y [B, R, R]
-        size = 0.6 + 0.2 * u[:, 1]                                  # half-width in units of half an image
+        size = 0.6 + 0.2 * u[:, 1]                                  # half-width in units of half an image: [B, 1, 1]
         shift = (u[:, 2:4] - 0.5) * 1.4 * (1 - size)[:, None]       # the shape stays inside the image
         angle = (u[:, 4] - 0.5) * 0.4                               # +-11 degrees
-        grid = (torch.arange(R) + 0.5) / R * 2 - 1
-        gx, gy = grid[None, None, :], grid[None, :, None]
-        dx, dy = (gx - shift[:, 0, None, None]), (gy - shift[:, 1, None, None])
-        cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-        scale = size[:, None, None]
-        X, Y = (cos * dx + sin * dy) / scale, (cos * dy - sin * dx) / scale
+        gx = (torch.arange(R) + 0.5) / R * 2 - 1
+        gy = gx[:, None]
+        dx, dy = gx - shift[:, 0], gy - shift[:, 1]
+        cos, sin = angle.cos(), angle.sin()
+        X, Y = (cos * dx + sin * dy) / size, (cos * dy - sin * dx) / size
 
         # signed distance to the shape's edge, negative inside: [B, R, R], in units of the radius
         distance = self.distances(X, Y).gather(0, label[None, :, None, None].expand(1, B, R, R))[0]
-        mask = (0.5 - distance * scale * R / 2).clamp(0, 1)         # anti-aliased over one pixel
+        mask = (0.5 - distance * size * R / 2).clamp(0, 1)          # anti-aliased over one pixel
 
-        # colours: a background gradient, and a shape whose colour stands out from it, shaded the other way
+        # colours [B, 3, 1, 1]: a background gradient, and a shape that stands out from it, shaded the other way
         base, hue = u[:, 5:8] * 0.8 + 0.1, u[:, 8:11] * 0.8 + 0.1
         far = torch.where(base > 0.5, base - 0.45, base + 0.45)
         colour = torch.where((hue - base).abs().amax(1, keepdim=True) > 0.4, hue, far)
-        slope = ((u[:, 11:14] - 0.5) * 0.6)[:, :, None, None]
-        direction = u[:, 14, None, None] * 2 * math.pi
+        slope, direction = (u[:, 11:14] - 0.5) * 0.6, u[:, 14] * 2 * math.pi
         along = (direction.cos() * gx + direction.sin() * gy)[:, None]                  # [B, 1, R, R], about -1 to 1
-        back, front = base[:, :, None, None] + slope * along, colour[:, :, None, None] - slope * along / 2
+        back, front = base + slope * along, colour - slope * along / 2
         image = back + mask[:, None] * (front - back)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, mask
 
@@ -180,8 +172,8 @@ class Shapes:
                     inside ^= ((y0 > Y) != (y1 > Y)) & (X < ex * py / ey + x0)
             return torch.where(inside, -nearest, nearest)
 
-        def spokes(radii, turn=-math.pi / 2):
-            angles = [turn + k * 2 * math.pi / len(radii) for k in range(len(radii))]
+        def spokes(radii):
+            angles = [-math.pi / 2 + k * 2 * math.pi / len(radii) for k in range(len(radii))]
             return [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles)]
 
         heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55), (0.9, -0.1), (0.5, 0.45), (0, 0.95)]
@@ -197,7 +189,7 @@ class Packed:
     """An .npz in ADM's layout, memory-mapped: arr_0 uint8 [N, R, R, 3], labels arr_1 [N] (-1: not an image), classes.
     Such are the files of `vae.py pack`, of sample.py, and ADM's references; the other arrays are in .held."""
     def __init__(self, path):
-        self.path, self.shape, dtype = path, (0, 0, 0, 3), np.uint8
+        self.path, self.shape = path, (0, 0, 0, 3)              # without arr_0: no images
         try:
             with np.load(path) as arrays, open(path, "rb") as file:
                 self.held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
@@ -208,7 +200,9 @@ class Packed:
                     file.seek(entry.header_offset + 26)             # a zip entry: 30 bytes, its name, extras, the array
                     file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
                     np.lib.format.read_magic(file)
-                    self.shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                    self.shape, columns, dtype = np.lib.format.read_array_header_1_0(file)
+                    if (dtype, *self.shape[1:]) != (np.uint8, *self.shape[1:2] * 2, 3) or columns:
+                        raise ValueError(f"arr_0 is {dtype} {list(self.shape)}, expected uint8 [N, R, R, 3] by rows")
                     self.offset = file.tell()
             labels = self.held.get("arr_1", np.zeros(self.shape[0], np.int64))
             top = min(int(labels.max(initial=0)), 2**20)
@@ -218,8 +212,6 @@ class Packed:
                                  f"{len(self.classes)} classes")
         except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no .npz of images ({first_line(error)})") from None
-        if len(self.shape) != 4 or self.shape[1:] != (self.shape[1], self.shape[1], 3) or dtype != np.uint8:
-            raise ValueError(f"{path}: arr_0 is {dtype} {list(self.shape)}, expected uint8 [N, R, R, 3]")
         self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
 
@@ -254,27 +246,28 @@ def pack(folder: str, out: str, resolution: int = 256):
     """Crops a tree of images once, on all cores, into the .npz that --data takes in its place, with checksums. Images
     that can't be read are named, counted and left out."""
     data, labels, checksums, unreadable = Folder(folder, resolution), [], [], []
+    shape = (len(data), data.resolution, data.resolution, 3)
+    if not out.endswith(".npz"):
+        raise ValueError(f"{out}: the name of a pack ends in .npz")
 
     def read(i):
         try:
-            return data.read(i)
+            return data.read(i), None
         except ValueError as error:
-            return error
+            return torch.zeros(3, *shape[1:3], dtype=torch.uint8), error
 
     def images():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in tqdm(range(0, len(data), 512), "packing", unit_scale=512):
                 block = range(first, min(first + 512, len(data)))
-                for i, image in zip(block, pool.map(read, block)):
-                    labels.append(data.labels[i])
-                    if isinstance(image, ValueError):
-                        print(image, flush=True)
+                for i, (image, error) in zip(block, pool.map(read, block)):
+                    if error:
+                        print(error, flush=True)
                         unreadable.append(data.files[i])
-                        image, labels[-1] = torch.zeros(3, resolution, resolution, dtype=torch.uint8), -1
+                    labels.append(-1 if error else data.labels[i])
                     checksums.append(zlib.crc32(image.permute(1, 2, 0).contiguous().numpy()))
                     yield image
-    write_npz(out, (len(data), resolution, resolution, 3), images(), arr_1=labels, classes=data.classes,
-              checksums=checksums, unreadable=unreadable)
+    write_npz(out, shape, images(), arr_1=labels, classes=data.classes, checksums=checksums, unreadable=unreadable)
     print(f"{out}: {len(data) - len(unreadable)} images, {len(unreadable)} unreadable")
 
 def open_images(path, resolution=0):
@@ -333,13 +326,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 class Attention(nn.Module):
     """Self-attention over the h*w positions, one head of width c."""
@@ -354,42 +346,32 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 
-class Downsample(nn.Module):
+def chain(**modules):
+    """Modules in turn, under these names."""
+    return nn.Sequential(OrderedDict(modules))
+
+def downsample(c):
     """[B, c, h, w] -> [B, c, h/2, w/2]: padded on the right and at the bottom only, as in latent-diffusion."""
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-class Upsample(nn.Module):
+def upsample(c):
     """[B, c, h, w] -> [B, c, 2h, 2w]."""
-    def __init__(self, c):
+    return chain(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
+
+def middle(c, groups):
+    return chain(block_1=ResBlock(c, c, groups), attn_1=Attention(c, groups), block_2=ResBlock(c, c, groups))
+
+class Level(nn.Module):
+    """The blocks of one resolution, each followed by attention or none: [B, c_in, h, w] -> [B, c_out, h, w]."""
+    def __init__(self, c_in, c_out, blocks, groups, attention):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-def make_level(c_in, c_out, blocks, groups, attention):
-    """The blocks of one resolution, .block and .attn (empty or as many)."""
-    level = nn.Module()
-    level.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
-    level.attn = nn.ModuleList(Attention(c_out, groups) for _ in range(blocks if attention else 0))
-    return level
-
-def run_level(level, h):
-    for i, block in enumerate(level.block):
-        h = block(h)
-        if len(level.attn):
-            h = level.attn[i](h)
-    return h
-
-def make_middle(c, groups):
-    mid = nn.Module()
-    mid.block_1, mid.attn_1, mid.block_2 = ResBlock(c, c, groups), Attention(c, groups), ResBlock(c, c, groups)
-    return mid
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        return x
 
 class Encoder(nn.Module):
     """float [B, 3, R, R] -> moments [B, 2C, h, w]."""
@@ -400,21 +382,17 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * cfg.patch**2, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([cfg.ch] + widths, widths)):
-            level = make_level(c_in, c_out, cfg.num_res_blocks, cfg.groups, cfg.attn_last and i == last)
-            if i < last:
-                level.downsample = Downsample(c_out)
-            self.down.append(level)
-        self.mid = make_middle(widths[-1], cfg.groups)
+            self.down.append(Level(c_in, c_out, cfg.num_res_blocks, cfg.groups, cfg.attn_last and i == last))
+            self.down[i].downsample = downsample(c_out) if i < last else nn.Identity()
+        self.mid = middle(widths[-1], cfg.groups)
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)     # [B, ch, R/patch, R/patch]
         for level in self.down:
-            h = run_level(level, h)
-            h = level.downsample(h) if hasattr(level, "downsample") else h              # side halves, but at the last
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))                      # [B, ch * ch_mult[-1], h, w]
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level.downsample(level(h))                                              # side halves, but at the last
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))                        # [B, 2C, h, w]
 
 class Decoder(nn.Module):
     """latents [B, C, h, w] -> float [B, 3, R, R]."""
@@ -423,23 +401,19 @@ class Decoder(nn.Module):
         widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
         self.patch = cfg.patch
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
-        self.mid = make_middle(widths[-1], cfg.groups)
+        self.mid = middle(widths[-1], cfg.groups)
         self.up = nn.ModuleList()                                                       # up[i]: same side as down[i]
         for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
-            level = make_level(c_in, c_out, cfg.num_res_blocks + 1, cfg.groups, cfg.attn_last and i == last)
-            if i > 0:
-                level.upsample = Upsample(c_out)
-            self.up.append(level)
+            self.up.append(Level(c_in, c_out, cfg.num_res_blocks + 1, cfg.groups, cfg.attn_last and i == last))
+            self.up[i].upsample = upsample(c_out) if i > 0 else nn.Identity()
         self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch**2, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(z))                                                   # [B, ch * ch_mult[-1], h, w]
         for level in reversed(self.up):
-            h = run_level(level, h)
-            h = level.upsample(h) if hasattr(level, "upsample") else h                  # side doubles, but at the first
-        h = self.conv_out(F.silu(self.norm_out(h)))
+            h = level.upsample(level(h))                                                # side doubles, but at the first
+        h = self.conv_out(F.silu(self.norm_out(h)))                                     # [B, 3 patch^2, R/patch, ...]
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
 class VAE(nn.Module):
@@ -448,22 +422,19 @@ class VAE(nn.Module):
         super().__init__()
         self.cfg, C = cfg, cfg.z_channels
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        if cfg.quant_conv:
-            self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * C, 2 * C, 1), nn.Conv2d(C, C, 1)
+        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if cfg.quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(C, C, 1) if cfg.quant_conv else nn.Identity()
         self.initialise()
 
     def initialise(self):
         """For a VAE from scratch: convs keep the variance, blocks start as shortcuts, the posterior's std at exp(-2).
-
-        So pixels come through the latents' noise from the first step; PyTorch's init shrinks the signal in each conv.
-        """
-        for module in self.modules():
+        So pixels come through the latents' noise from the first step; PyTorch's init shrinks them in each conv."""
+        for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, (ResBlock, Attention)):
-                nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+                if name.endswith(("conv2", "proj_out")):                                # the last of a block
+                    nn.init.zeros_(module.weight)
         moments = self.quant_conv if self.cfg.quant_conv else self.encoder.conv_out
         with torch.no_grad():
             moments.weight[self.cfg.z_channels :] *= 0.1
@@ -471,9 +442,7 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """float [B, 3, R, R] in [-1, 1] -> posterior mean, logvar, float32 [B, C, h, w]. The mean is also its mode."""
-        h = self.encoder(x)
-        h = self.quant_conv(h) if self.cfg.quant_conv else h
-        mean, logvar = h.float().chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         if self.cfg.sigma > 0:
             logvar = torch.full_like(mean, 2 * math.log(self.cfg.sigma))
         return mean, logvar.clamp(-30, 20)
@@ -485,7 +454,7 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """latents [B, C, h, w] -> float [B, 3, R, R], about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z) if self.cfg.quant_conv else z)
+        return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x, noise):
         """float x, noise [B, C, h, w] -> z, reconstruction, mean, logvar."""
@@ -535,24 +504,20 @@ def discriminator_loss(real_logits, fake_logits):
 
 def adaptive_gan_weight(nll, gan, last_layer):
     """LDM's balance of the two gradients at the decoder's last layer: |d nll| / |d gan|, at most 1e4, no gradient."""
-    d_nll, = torch.autograd.grad(nll, last_layer, retain_graph=True)
-    d_gan, = torch.autograd.grad(gan, last_layer, retain_graph=True)
-    return (d_nll.float().norm() / (d_gan.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+    d_nll, d_gan = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (nll, gan))
+    return (d_nll / (d_gan + 1e-4)).clamp(0, 1e4).detach()
 
 class Perceptual(nn.Module):
     """LPIPS (Zhang et al. 2018) on VGG16 features, frozen: x, rec float in [-1, 1] -> scalar.
-
-    legacy_range feeds 2x - 1 of images that are already in [-1, 1], as the authors' first release did.
-    """
+    legacy_range feeds 2x - 1 of images that are already in [-1, 1], as the authors' first release did."""
     def __init__(self, legacy_range=False):
         super().__init__()
         import lpips  # here, because `tiny` runs and most tests need neither it nor its scipy
-        target = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
         try:
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"LPIPS could not get VGG16's weights ({first_line(error)}): put torchvision's "
-                             f"vgg16-397923af.pth at {target}, or switch the loss off with --lpips=0") from None
+            raise ValueError(f"no VGG16 weights for LPIPS ({first_line(error)}): put torchvision's vgg16-397923af.pth "
+                             f"into {torch.hub.get_dir()}/checkpoints, or switch the loss off with --lpips=0") from None
         self.legacy_range = legacy_range
 
     def train(self, mode=True):
@@ -573,7 +538,6 @@ class Perceptual(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading. Everything is read with weights_only=True: nothing in a file is ever executed.
 
-HUB = "https://huggingface.co/{}/resolve/main/{}"
 PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # the authors' start VAEs: name -> preset
 
 def known(name):
@@ -594,7 +558,7 @@ def download(repository, files):
         target = Path(torch.hub.get_dir()) / "checkpoints" / repository.replace("/", "--") / file
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            url = HUB.format(repository, file)
+            url = f"https://huggingface.co/{repository}/resolve/main/{file}"
             try:
                 torch.hub.download_url_to_file(url, str(target))
             except OSError as error:
@@ -620,9 +584,7 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 def read_weights(path):
-    """A .pt file -> its content (tensors, numbers, dicts), of which only what is used comes into memory. ValueError in
-    one line if it isn't such a file."""
-    import argparse
+    """A .pt file -> its content (tensors, numbers, dicts), mapped into memory. ValueError in one line if it is none."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -655,10 +617,9 @@ def load_strict(module, state, what):
 def guess_config(state, path="the file"):
     """The architecture of a VAE with latent-diffusion's names, read off its shapes (GroupNorm: 32 groups)."""
     try:
-        ch, levels = state["encoder.conv_in.weight"].shape[0], 0
-        while f"encoder.down.{levels}.block.0.conv1.weight" in state:
-            levels += 1
-        blocks = sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in state)
+        ch = state["encoder.conv_in.weight"].shape[0]
+        levels, blocks = (sum(bool(re.fullmatch(rf"encoder\.down\.{place}\.conv1\.weight", key)) for key in state)
+                          for place in (r"\d+\.block\.0", r"0\.block\.\d+"))
         mult = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels))
         return VAEConfig(state["decoder.conv_in.weight"].shape[1], ch, mult, blocks,
                          attn_last=f"encoder.down.{levels - 1}.attn.0.q.weight" in state,
@@ -668,20 +629,16 @@ def guess_config(state, path="the file"):
 
 def config_from_dict(cls, values):
     """A dataclass from a checkpoint's dict (lists back to tuples, unknown keys refused)."""
-    unknown = set(values) - {f.name for f in fields(cls)}
-    if unknown:
+    if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}: written by a newer version?")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 def load_vae(name):
-    """A VAE by name or path -> (vae, stats, disc).
-
-    `name` is one of: a preset of VAES (random weights: a VAE from scratch); `sdvae`, `invae`, `vavae` (the authors'
-    start weights), `hf:OWNER/NAME[/FOLDER]` (a diffusers AutoencoderKL), both downloaded once to torch.hub's cache;
-    a checkpoint of ours or of the authors, or a run's folder; an AutoencoderKL's folder; a file with
-    latent-diffusion's names, beside which `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` are looked for.
-    stats: None or (mean, var), [C] each, the latents' statistics. disc: None or the discriminator's state dict.
-    """
+    """A VAE by name or path -> vae; its latents' mean and variance ([C] each) or None; its discriminator's state dict
+    or None. `name` is a preset of VAES (random weights); `sdvae`, `invae`, `vavae` (the authors' start weights) or
+    `hf:OWNER/NAME[/FOLDER]` (a diffusers AutoencoderKL), downloaded once to torch.hub's cache; a checkpoint of ours or
+    of the authors, or a run's folder; an AutoencoderKL's folder; a file with latent-diffusion's names, which may have
+    `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` beside it."""
     if name in VAES:
         return VAE(VAES[name]), None, None
     path, stats, disc = find_checkpoint(name), None, None
@@ -697,6 +654,7 @@ def load_vae(name):
         cfg, state, stats = from_diffusers(path, state)
     else:
         cfg, stem = guess_config(state, path), str(path).removesuffix(".pt")
+        state = {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}   # SD's own
         if os.path.exists(f"{stem}-latents-stats.pt"):                  # scale = 1 / std, bias = mean, [1, C, 1, 1]
             saved = read_weights(f"{stem}-latents-stats.pt")
             if not isinstance(saved, dict) or not {"latents_scale", "latents_bias"} <= saved.keys():
@@ -719,14 +677,12 @@ DIFFUSERS_NAMES = (
     (".attn.", ".attentions."), ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out"),
     ("downsample.", "downsamplers.0."), ("upsample.", "upsamplers.0."), (".q.", ".to_q."), (".k.", ".to_k."),
     (".v.", ".to_v."), (".proj_out.", ".to_out.0."))
-OLD_NAMES = ((".query.", ".q."), (".key.", ".k."), (".value.", ".v."), (".proj_attn.", ".proj_out."))   # until 2023
+OLD_NAMES = ((".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn."))   # until 2023
 
 def rename(key, levels, outward):
     """A parameter's name here -> there (outward) or back; the decoder's levels are counted the other way there."""
-    for ours, theirs in DIFFUSERS_NAMES:
+    for ours, theirs in DIFFUSERS_NAMES if outward else DIFFUSERS_NAMES + OLD_NAMES:
         key = key.replace(ours, theirs) if outward else key.replace(theirs, ours)
-    for theirs, ours in OLD_NAMES:
-        key = key if outward else key.replace(theirs, ours)
     key = re.sub(r"(decoder\.up\w*)\.(\d+)", lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", key)
     return re.sub(r"(attentions\.\d+)\.norm", r"\1.group_norm", key) if outward else key.replace("group_norm", "norm")
 
@@ -741,13 +697,14 @@ def from_diffusers(path, theirs):
     config = read_json(file)
     mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0] * cfg.z_channels
     std = config.get("latents_std") or [1 / config.get("scaling_factor", 0.18215)] * cfg.z_channels
-    stats = torch.tensor(mean).flatten(), torch.tensor(std, dtype=torch.float64).flatten().square().float()
+    stats = torch.tensor(mean).flatten().float(), torch.tensor(std, dtype=torch.float64).flatten().square().float()
     return replace(cfg, groups=config.get("norm_num_groups", 32)), state, stats
 
 def export(checkpoint: str, to: str):
     """Writes a VAE into the folder `to`: as diffusers' AutoencoderKL, with zn = (z - latents_mean) / latents_std, and
     as the authors' NAME.pt, NAME-latents-stats.pt and NAME-discriminator-ckpt.pt, where NAME is the folder's."""
-    (vae, stats, disc), out = load_vae(checkpoint), Path(to)
+    (vae, stats, disc), out = load_vae(checkpoint), Path(to).absolute()
+    stats, disc = copy.deepcopy((stats, disc))          # they may be mapped from the very files that are written here
     cfg, state, levels = vae.cfg, vae.state_dict(), len(vae.cfg.ch_mult)
     if cfg.patch > 1 or cfg.sigma or cfg.groups != 32:
         raise ValueError(f"{checkpoint}: published formats have no VAE with patch, sigma or {cfg.groups} groups (tiny)")
@@ -762,9 +719,8 @@ def export(checkpoint: str, to: str):
     torch.save(state, out / f"{out.name}.pt")
     if stats:
         config |= {"latents_mean": stats[0].tolist(), "latents_std": stats[1].double().sqrt().tolist()}
-        scale, bias = stats[1].double().rsqrt().float(), stats[0]
-        torch.save({"latents_scale": scale.view(1, -1, 1, 1), "latents_bias": bias.view(1, -1, 1, 1)},
-                   out / f"{out.name}-latents-stats.pt")
+        torch.save({"latents_scale": stats[1].double().rsqrt().float().view(1, -1, 1, 1),
+                    "latents_bias": stats[0].view(1, -1, 1, 1)}, out / f"{out.name}-latents-stats.pt")
     if disc:
         torch.save(disc, out / f"{out.name}-discriminator-ckpt.pt")
     linear = re.compile(r"attn.*\.(q|k|v|proj_out)\.weight")            # 1x1 convolutions here
@@ -774,7 +730,7 @@ def export(checkpoint: str, to: str):
     print(f"{to}: a diffusers AutoencoderKL and {out.name}*.pt" + ("" if stats else ", without latents' statistics"))
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "I64": torch.int64}
+               "I64": torch.int64, "I32": torch.int32}
 
 def read_safetensors(path):
     """8 bytes (the length of the header), the header in JSON, raw bytes -> dict of tensors."""
@@ -782,17 +738,11 @@ def read_safetensors(path):
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header, raw = json.loads(file.read(min(size, 10**8))), bytearray(file.read())
-        tensors = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                kind = SAFETENSORS[entry["dtype"]]
-                tensors[name] = torch.frombuffer(raw[first:last], dtype=kind).view(entry["shape"])
-        return tensors
-    except FileNotFoundError:
-        raise ValueError(f"no file at {path}") from None
+        header.pop("__metadata__", None)
+        return {name: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=SAFETENSORS[entry["dtype"]])
+                .view(entry["shape"]) for name, entry in header.items()}
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no .safetensors: {first_line(error)}") from None
+        raise ValueError(f"cannot read {path} as .safetensors: {first_line(error)}") from None
 
 def write_safetensors(path, tensors):
     """Dict of tensors -> file, in float32."""
@@ -801,6 +751,7 @@ def write_safetensors(path, tensors):
         first, end = end, end + 4 * value.numel()
         header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [first, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)         # the data begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
@@ -820,15 +771,15 @@ def identity(vae, data):
 
 def shared_array(path, dtype, shape):
     """A memory-mapped .npy, of zeros where nothing was written; many processes may open it at once."""
-    with open(os.open(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+    path.touch()
+    with open(path, "r+b") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
     return np.lib.format.open_memmap(path, "r+")
 
 @torch.no_grad()
 def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int = 64):
-    """Makes the cache, in float32, on as many processes as torchrun starts: each encodes its part of the images. The
-    same command goes on after a kill."""
+    """Makes the cache, in float32; torchrun's processes share the images. The same command goes on after a kill."""
     rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     vae, folder = load_vae(checkpoint)[0], Path(out)
     images = open_for(vae, data, resolution)
@@ -857,7 +808,8 @@ class Cached:
     """A data set and its cache: data[[i, ...]] -> images, labels, moments float16 [B, 2, C, h, w] (mean, std).
     images=False leaves the files unread: images [B, 3, 0, 0]."""
     def __init__(self, data, folder, vae, images=True):
-        self.data, self.path, self.images = data, Path(folder) / "latents.npy", images or not hasattr(data, "labels")
+        self.data, self.path = data, Path(folder) / "latents.npy"
+        self.labels = None if images or not hasattr(data, "labels") else torch.as_tensor(data.labels)
         about = read_json(self.path.parent / "cache.json")
         try:
             self.checksums, _ = np.load(self.path.parent / "checksums.npy"), np.load(self.path, mmap_mode="r")
@@ -877,8 +829,8 @@ class Cached:
         for i, row in zip(indices, moments):
             if (zlib.crc32(row) or 1) != self.checksums[i]:
                 raise ValueError(f"{self.path}: row {i} is damaged: remove the folder and encode again")
-        images, labels = self.data[indices] if self.images else (
-            torch.zeros(len(moments), 3, 0, 0, dtype=torch.uint8), torch.as_tensor(self.data.labels)[list(indices)])
+        images, labels = self.data[indices] if self.labels is None else (
+            torch.zeros(len(moments), 3, 0, 0, dtype=torch.uint8), self.labels[list(indices)])
         return images, labels, torch.from_numpy(moments)
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -63,9 +63,8 @@ def test_conversions(path):
         assert torch.allclose(a, b)
     score = S.score_from_velocity(v, z_t, t, path)
     assert torch.allclose(score, -eps / S.interpolant(t, path)[1][:, None, None, None])
-    for back in (S.velocity_from_data(zn, z_t, t, path), S.velocity_from_noise(eps, z_t, t, path),
-                 S.velocity_from_score(score, z_t, t, path)):
-        assert torch.allclose(back, v)
+    for kind, value in (("data", zn), ("noise", eps), ("score", score)):
+        assert torch.allclose(S.velocity_from(kind, value, z_t, t, path), v)
 
 @pytest.mark.parametrize("path", PATHS)
 def test_score_of_a_gaussian(path):

@@ -97,7 +97,7 @@ def load_inception(path=""):
     try:
         net.load_state_dict(read_weights(path) if path else torch.hub.load_state_dict_from_url(
             INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True))
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:              # a damaged file may lead its reader anywhere
         raise ValueError(f"no FID Inception in {path or 'the internet'}: {' '.join(str(error).split())[:160]}; "
                          f"expected the file of {INCEPTION_URL}; offline: --weights=FILE") from None
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -217,8 +217,7 @@ def load_network(opt, tiny, resolution, device):
                "dinov2": lambda: ClassToken(opt.repo, opt.weights)}[opt.features or ("tiny" if tiny else "inception")]()
     return net.to(device)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B].
+# --------------- Sets of images: len(), .resolution R, .classes, and data[[i, ...]] -> uint8 [B, 3, R, R], labels [B].
 
 class Generated:
     """A model's images, each made when it is asked for; how: the arguments of Model.batch."""

@@ -25,8 +25,7 @@ def align_loss(projected, target):
                    for p, f in zip(projected, target, strict=True)]
         return -sum(cosines) / len(cosines)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DINOv2 (Oquab et al., 2304.07193) through torch.hub.
+# ---------------------------------------------------------------- DINOv2 (Oquab et al., 2304.07193) through torch.hub.
 
 DINOV2_REPO = "facebookresearch/dinov2"
 DINOV2_REVISION = "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"    # has the registers, and runs on every Python since 3.9
@@ -47,7 +46,6 @@ class DINOv2(nn.Module):
 
     Without downloads: repo is a clone of facebookresearch/dinov2, weights a file (dinov2_vitb14_pretrain.pth).
     """
-
     def __init__(self, name, resolution, repo="", weights=""):
         super().__init__()
         file = f"dinov2_{name.split('_')[1]}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
@@ -87,8 +85,7 @@ class DINOv2(nn.Module):
     def forward(self, image):
         return self.net.forward_features(self.preprocess(image))["x_norm_patchtokens"]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
+# -------------------------- The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
 
 class TinyTeacher(nn.Module):
     """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
@@ -155,8 +152,11 @@ def trained_once(kind, build, seed, draw, train, *recipe):
         extra = train(net)
         torch.save({"net": net.state_dict(), "extra": extra}, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
-    saved = torch.load(path, weights_only=True)
-    net.load_state_dict(saved["net"])
+    try:
+        saved = torch.load(path, weights_only=True)
+        net.load_state_dict(saved["net"])
+    except Exception as error:              # a damaged file may lead its reader anywhere
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it, it is made again") from None
     return net.eval(), saved["extra"]
 
 def load_tiny_teacher(draw):
@@ -172,8 +172,7 @@ def load_teacher(name, resolution, repo="", weights="", draw=None):
         raise ValueError(f"--teacher=tiny is trained on --data=tiny: use both, or one of {', '.join(TEACHERS[1:])}")
     return load_tiny_teacher(draw)[0].requires_grad_(False)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A measure of alignment that needs no projector: do the same images lie near each other?
+# ----------------------------- A measure of alignment that needs no projector: do the same images lie near each other?
 
 def neighbours(x, k):
     """Rows of unit length [N, D] -> inner products with the k nearest other rows, and their numbers, [N, k] each."""

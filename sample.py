@@ -31,8 +31,7 @@ from tqdm import tqdm
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
 from vae import VAE, VAES, config_from_dict, find_checkpoint, load_strict, load_vae, read_weights, to_uint8, write_npz
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes. One process without torchrun; as many as it starts with it.
+# ---------------------------------------------- Processes. One process without torchrun; as many as it starts with it.
 
 def start():
     """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
@@ -208,8 +207,7 @@ def guided(sit, y, scale=1.0, low=0.0, high=1.0):
         return v_null + scale * (v - v_null)
     return velocity
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A model that generates.
+# --------------------------------------------------------------------------------------------- A model that generates.
 
 @dataclass
 class Model:
@@ -290,8 +288,7 @@ def save_png(path, image):
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     ImageOps.scale(picture, max(1, 640 // picture.width), Image.NEAREST).save(path)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command.
+# -------------------------------------------------------------------------------------------------------- The command.
 
 @dataclass
 class Options:

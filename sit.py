@@ -73,8 +73,7 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
         return t.to(u.dtype)
     raise ValueError(f"unknown weighting of t {weighting!r}: expected uniform or lognormal")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
+# -------- Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
 
 class LatentNorm(nn.BatchNorm2d):
     """BatchNorm2d with its two modes as two calls.
@@ -83,7 +82,6 @@ class LatentNorm(nn.BatchNorm2d):
     normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps their sums until commit() merges
     them into the running ones, once a step, however many micro-batches it had.
     """
-
     def __init__(self, channels):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
         self.pending = None
@@ -132,8 +130,7 @@ class LatentNorm(nn.BatchNorm2d):
         self.running_var.copy_(var)
         self.num_batches_tracked.zero_()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
+# ----------------------------------------------- SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
 
 @dataclass(frozen=True)
 class SiTConfig:
@@ -149,10 +146,6 @@ class SiTConfig:
     projector_width: int = 2048
     qk_norm: bool = False
     path: str = "linear"            # the interpolant it is trained on
-
-    @property
-    def tokens(self):
-        return (self.size // self.patch) ** 2
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}      # depth, width, heads
 
@@ -179,7 +172,6 @@ def modulate(x, shift, scale):
 
 class TimestepEmbedder(nn.Module):
     """t [B] -> [B, D]: 128 cosines, 128 sines of t times 10000^(-k/128), then an MLP."""
-
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -195,7 +187,6 @@ class TimestepEmbedder(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
-
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.heads = heads
@@ -211,7 +202,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """A transformer block whose shifts, scales and gates come from the condition c [B, D]; zero gates at the start."""
-
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.attn = Attention(width, heads, qk_norm)
@@ -226,7 +216,6 @@ class Block(nn.Module):
 
 class FinalLayer(nn.Module):
     """[B, T, D] -> [B, T, patch * patch * C]."""
-
     def __init__(self, width, patch, channels):
         super().__init__()
         self.linear = nn.Linear(width, patch * patch * channels)
@@ -238,7 +227,6 @@ class FinalLayer(nn.Module):
 
 class PatchEmbed(nn.Module):
     """[B, C, H, W] -> [B, T, D]."""
-
     def __init__(self, channels, width, patch):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
@@ -248,7 +236,6 @@ class PatchEmbed(nn.Module):
 
 class SiT(nn.Module):
     """The denoiser. Its three uses are forward (SiT step), align_only (VAE step) and velocity (sampling)."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D, wide = cfg, cfg.width, cfg.projector_width

@@ -51,8 +51,7 @@ from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAECon
                  config_from_dict, discriminator_loss, find_checkpoint, generator_loss, identity, kl_divergence,
                  load_strict, load_vae, open_images, read_weights, reconstruction_loss, to_float, to_uint8)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
+# ---------------- Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
 
 @dataclass
 class Config:
@@ -243,8 +242,7 @@ def draws(cfg, step, rank, world, latent, device, stream="step"):
     t = time_from_uniform(u[0], cfg.weighting, cfg.path)
     return t[mine], eps, noise, u[1, mine] < cfg.label_drop, u[2, mine] < (0.5 if cfg.hflip else 0.0)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small helpers of the loop.
+# ------------------------------------------------------------------------------------------ Small helpers of the loop.
 
 @contextmanager
 def frozen(*modules):
@@ -341,8 +339,7 @@ class Log:
         self.write(line)
         self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
+# ---------------- Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
 
 def checkpoints(out):
     """Steps of which both files are there, in order."""
@@ -427,8 +424,7 @@ def load_pair(cfg, rank):
         print(f"resuming {path}" + (f", changed: {', '.join(changed)}" if changed else ""))
     return plays, resumes
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models.
+# ------------------------------------------------------------------------------------------------------------- Models.
 
 def build(cfg, data, pair, world, device):
     """-> vae, sit, disc, teacher, perceptual (None where the settings need none), needs_statistics, needs_warmup."""
@@ -441,7 +437,7 @@ def build(cfg, data, pair, world, device):
             vae = VAE(replace(vae.cfg, sigma=cfg.sigma))
     else:
         vae, disc_state = VAE(config_from_dict(VAEConfig, pair[0]["vae_config"])), pair[0].get("discriminator")
-        load_strict(vae, pair[0]["vae"], "the checkpoint's vae")
+        load_strict(vae, pair[0]["vae"], f"{cfg.out}: its VAE")
     if problems := check(cfg, world, vae.cfg):
         raise ValueError(problems[0])
 
@@ -451,7 +447,7 @@ def build(cfg, data, pair, world, device):
         sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, cfg.resolution // vae.cfg.downsampling,
                             len(data.classes), dims, align_depth, cfg.projector_width, cfg.qk_norm, cfg.path))
         if pair is not None:
-            load_strict(sit, pair[1]["model"], "the checkpoint's SiT")
+            load_strict(sit, pair[1]["model"], f"{cfg.out}: its SiT")
         elif cfg.init:
             start_from(sit, cfg.init)
         if stats is not None:
@@ -463,7 +459,7 @@ def build(cfg, data, pair, world, device):
     if cfg.train_vae and cfg.gan:
         disc = Discriminator(disc_state["main.0.weight"].shape[0] if disc_state else cfg.disc_ch)
         if disc_state:
-            load_strict(disc, disc_state, "the discriminator")
+            load_strict(disc, disc_state, f"{cfg.out if pair else cfg.init or cfg.vae}: its discriminator")
     if cfg.train_vae and cfg.lpips:
         with rank0_first():
             perceptual = Perceptual(cfg.lpips_legacy_range).to(device)
@@ -529,8 +525,7 @@ def check_replicas(world, **networks):
             if not same:
                 raise RuntimeError(f"the processes differ in {name} since the last checkpoint: resume from that")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run.
+# ------------------------------------------------------------------------------------------------------------ The run.
 
 def run(cfg, rank, world, device, stop=lambda: False):
     """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one. -> False if stop() ended it."""
@@ -571,7 +566,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
             opt.load_state_dict(pair[1][opt_keys[name]])
             opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}")      # a changed rate holds from here on
         for key, average in filter(all, (("ema", ema), ("vae_ema", vae_ema))):
-            load_strict(average, pair[0].get(key) or pair[0]["vae"], f"the checkpoint's {key}")
+            load_strict(average, pair[0].get(key) or pair[0]["vae"], f"{cfg.out}: its {key}")
         pair = None                                     # frees the memory
     vae_fast = vae
     if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
@@ -714,8 +709,8 @@ def main(argv):
     rank, world, device = start()
     if problems := check(cfg, world):
         raise ValueError("; ".join(problems))
-    differs = {key: value for key, value in asdict(cfg).items() if value != getattr(Config, key)}
     if rank == 0:
+        differs = {key: value for key, value in asdict(cfg).items() if value != getattr(Config, key)}
         print(f"settings that differ from the paper's run: {differs or 'none'}")
     if cfg.dry:
         return
@@ -728,8 +723,7 @@ def main(argv):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    stop = PoliteStop(world)
-    finished = True
+    stop, finished = PoliteStop(world), True
     if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES and not cfg.init:
         # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half
         stage = replace(cfg, out=f"{cfg.out}/first-stage", sit="none", teacher="none", steps=cfg.first_stage,

@@ -44,8 +44,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
+# ----------- Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
 
 def to_float(image):
     """uint8 0..255 -> float32 in [-1, 1]."""
@@ -192,6 +191,10 @@ class Packed:
         self.path, self.shape = path, (0, 0, 0, 3)              # without arr_0: no images
         try:
             with np.load(path) as arrays, open(path, "rb") as file:
+                if "checksums" in arrays.files:                     # then each image has its own
+                    arrays.zip.filelist = [e for e in arrays.zip.filelist if e.filename != "arr_0.npy"]
+                if bad := arrays.zip.testzip():
+                    raise ValueError(f"the checksum of {bad} differs")
                 self.held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
                 if "arr_0" in arrays.files:
                     entry = arrays.zip.getinfo("arr_0.npy")
@@ -210,7 +213,7 @@ class Packed:
             if labels.shape != self.shape[:1] or labels.min(initial=0) < -1 or top >= len(self.classes):
                 raise ValueError(f"arr_1 {list(labels.shape)} are no labels of {self.shape[0]} images in "
                                  f"{len(self.classes)} classes")
-        except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:          # a damaged file may lead its reader anywhere
             raise ValueError(f"{path} is no .npz of images ({first_line(error)})") from None
         self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
@@ -483,8 +486,7 @@ class Discriminator(nn.Module):
     def forward(self, x):
         return self.main(x)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses of the VAE and of the discriminator. All in float32.
+# ----------------------------------------------------- The losses of the VAE and of the discriminator. All in float32.
 
 def kl_divergence(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)): summed over the latents' dimensions, averaged over the batch."""
@@ -535,8 +537,7 @@ class Perceptual(nn.Module):
         return sum(lin(F.mse_loss(f, g, reduction="none")).mean()
                    for lin, f, g in zip(self.net.lins, self.features(rec.float()), target))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading. Everything is read with weights_only=True: nothing in a file is ever executed.
+# ----------------------------- Loading. Everything is read with weights_only=True: nothing in a file is ever executed.
 
 PUBLISHED = {"sdvae": "f8d4", "invae": "f16d32", "vavae": "f16d32"}     # the authors' start VAEs: name -> preset
 
@@ -586,27 +587,32 @@ def first_line(error):
 def read_weights(path):
     """A .pt file -> its content (tensors, numbers, dicts), mapped into memory. ValueError in one line if it is none."""
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped and (bad := zipfile.ZipFile(path).testzip()):         # torch.load looks at no checksum
+            raise ValueError(f"the checksum of {bad} differs")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise ValueError(f"no file at {path}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is no file of weights (or holds more than weights, which is never loaded)") from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:              # a damaged file may lead its reader anywhere
         raise ValueError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from None
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no JSON file: {first_line(error)}") from None
 
 def load_strict(module, state, what):
     """load_state_dict that names the first missing, unexpected and misshapen keys in one line."""
+    def shape(value):
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in own.items()
-             if k in state and state[k].shape != v.shape]
+    wrong = [f"{k} is {shape(state[k])}, expected {shape(v)}" for k, v in own.items()
+             if k in state and shape(state[k]) != shape(v)]
     problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                 for kind, keys in (("missing", missing), ("unexpected", extra), ("misshapen", wrong)) if keys]
     if problems:
@@ -668,8 +674,7 @@ def load_vae(name):
         raise ValueError(f"{path}: statistics of {len(stats[0])} channels beside a VAE of {cfg.z_channels}")
     return load_strict(VAE(cfg), state, str(path)), stats, disc
 
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusers' AutoencoderKL, both ways: the same network under other names.
+# -------------------------------------------- diffusers' AutoencoderKL, both ways: the same network under other names.
 
 DIFFUSERS_NAMES = (
     ("down.", "down_blocks."), ("up.", "up_blocks."), ("mid.block_1.", "mid_block.resnets.0."),
@@ -741,7 +746,7 @@ def read_safetensors(path):
         header.pop("__metadata__", None)
         return {name: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=SAFETENSORS[entry["dtype"]])
                 .view(entry["shape"]) for name, entry in header.items()}
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:              # a damaged file may lead its reader anywhere
         raise ValueError(f"cannot read {path} as .safetensors: {first_line(error)}") from None
 
 def write_safetensors(path, tensors):
@@ -812,8 +817,8 @@ class Cached:
         self.labels = None if images or not hasattr(data, "labels") else torch.as_tensor(data.labels)
         about = read_json(self.path.parent / "cache.json")
         try:
-            self.checksums, _ = np.load(self.path.parent / "checksums.npy"), np.load(self.path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            self.checksums, _ = (np.load(self.path.with_stem(name), mmap_mode="r") for name in ("checksums", "latents"))
+        except Exception as error:
             raise ValueError(f"{folder} is no cache of vae.py encode ({first_line(error)})") from None
         for what, own in identity(vae, data).items():
             if about.get(what) != own:
@@ -833,8 +838,7 @@ class Cached:
             torch.zeros(len(moments), 3, 0, 0, dtype=torch.uint8), self.labels[list(indices)])
         return images, labels, torch.from_numpy(moments)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command: python vae.py export|pack|encode|reconstruct; the arguments of these functions are its options.
+# -------- The command: python vae.py export|pack|encode|reconstruct; the arguments of these functions are its options.
 
 @torch.no_grad()
 def reconstruct(checkpoint: str, images: str, out: str = "reconstructions.png", resolution: int = 0, count: int = 8):

@@ -193,7 +193,7 @@ def test_counts():
         blocks.0.attn.proj.weight blocks.0.mlp.fc1.bias blocks.0.mlp.fc2.bias blocks.0.adaLN_modulation.1.weight
         final_layer.linear.weight final_layer.adaLN_modulation.1.bias projectors.0.4.bias bn.running_var"""
     assert set(names.split()) <= set(net.state_dict())
-    assert net.cfg.tokens == 256
+    assert net.pos_embed.shape[1] == 256
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_block_equals_timm(qk_norm):

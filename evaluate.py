@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 import sample
 from repa import DINOv2, cknna, fit, load_teacher, trained_once
-from sample import autocast, cast, choose_label, friendly, grid, load_model, nearest, parse, rank0_first, save_png
+from sample import autocast, cast, choose_label, friendly, load_model, nearest, parse, rank0_first
 from sit import interpolate
-from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, load_vae, open_images, principal_colours,
-                 read_weights, to_float, to_uint8, write_npz)
+from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, grid, load_vae, open_images, principal_colours,
+                 read_weights, save_png, to_float, to_uint8, write_npz)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
-from vae import VAE, VAES, config_from_dict, find_checkpoint, load_strict, load_vae, read_weights, to_uint8, write_npz
+from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict, load_vae, read_weights, save_png,
+                 to_uint8, write_npz)
 
 # ---------------------------------------------- Processes. One process without torchrun; as many as it starts with it.
 
@@ -275,18 +275,6 @@ def parse_classes(text, names):
         if word not in numbers:
             raise ValueError(f"unknown class {word!r}{nearest(word, names)} (or a number below {len(names)})")
     return [numbers[word] for word in text.split(",")]
-
-def grid(images, columns=None):
-    """uint8 [N, 3, R, R] -> uint8 [3, rows R, columns R], row by row, black where N ends."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = -(-len(images) // columns)
-    cells = torch.cat([images.cpu(), torch.zeros(rows * columns - len(images), *images.shape[1:], dtype=torch.uint8)])
-    return cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-
-def save_png(path, image):
-    """uint8 [3, H, W] -> a PNG file, small images enlarged so that they can be looked at."""
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    ImageOps.scale(picture, max(1, 640 // picture.width), Image.NEAREST).save(path)
 
 # -------------------------------------------------------------------------------------------------------- The command.
 

@@ -45,11 +45,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from repa import align_loss, load_teacher, teacher_shape
-from sample import (Model, all_mean, autocast, friendly, grid, parse, rank0_first, save_png, seed_of, start)
+from sample import Model, all_mean, autocast, friendly, parse, rank0_first, seed_of, start
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
-                 config_from_dict, discriminator_loss, find_checkpoint, generator_loss, identity, kl_divergence,
-                 load_strict, load_vae, open_images, read_weights, reconstruction_loss, to_float, to_uint8)
+                 config_from_dict, discriminator_loss, find_checkpoint, generator_loss, grid, identity, kl_divergence,
+                 load_strict, load_vae, open_images, read_weights, reconstruction_loss, save_png, to_float, to_uint8)
 
 # ---------------- Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
 

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # ----------- Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
@@ -288,6 +288,18 @@ def open_for(vae, path, resolution):
     if data.resolution % vae.cfg.downsampling:
         raise ValueError(f"{path} at {data.resolution} px: give --resolution=, a multiple of {vae.cfg.downsampling}")
     return data
+
+def grid(images, columns=None):
+    """uint8 [N, 3, R, R] -> uint8 [3, rows R, columns R], row by row, black where N ends."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    cells = torch.cat([images.cpu(), torch.zeros(rows * columns - len(images), *images.shape[1:], dtype=torch.uint8)])
+    return cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+
+def save_png(path, image):
+    """uint8 [3, H, W] -> a PNG file, small images enlarged so that they can be looked at."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    ImageOps.scale(picture, max(1, 640 // picture.width), Image.NEAREST).save(path)
 
 def principal_colours(z, side):
     """Latents [M, C, h, w] -> uint8 [M, 3, side, side]: their first three principal components as red, green, blue."""
@@ -844,7 +856,6 @@ class Cached:
 def reconstruct(checkpoint: str, images: str, out: str = "reconstructions.png", resolution: int = 0, count: int = 8):
     """A picture with a row for each of `count` images (tiny, a folder, an .npz): itself, its reconstruction, and its
     latents' three principal components as colours. Prints the rows' PSNR."""
-    from sample import grid, save_png
     vae = load_vae(checkpoint)[0].eval()
     data = open_for(vae, images, resolution)
     x, _ = data[np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int).tolist()]

@@ -49,8 +49,8 @@ def test_polite_stop(tmp_path, number):
     stopped, = train.checkpoints(tmp_path / "run")
     assert 0 < stopped < 60
     execute(*SMALL, *words)
-    whole = run(config(tmp_path / "whole", *words[:3]))
-    for a, b in zip(last_pair(tmp_path / "run"), whole):
+    execute(*SMALL, *words[:3], f"--out={tmp_path / 'whole'}")      # bits are equal at an equal number of threads
+    for a, b in zip(last_pair(tmp_path / "run"), last_pair(tmp_path / "whole")):
         assert_equal(a, b)
 
 

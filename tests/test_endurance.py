@@ -1,0 +1,22 @@
+"""A small sample of tests/endurance.py, which holds the long runs: kills, ranks that come, go and die, leaks.
+
+    python -m pytest tests/test_endurance.py
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import endurance  # noqa: E402
+
+
+def test_killed_runs_end_with_the_same_bits(tmp_path):
+    """Three kills, one in the middle of a checkpoint's write: whole pairs, never a step back, an equal end."""
+    table = endurance.kill(tmp_path, count=3, steps=9)
+    assert not table.wrong
+    assert table["kills"] == 3 and table["finished runs"] >= 1
+    assert table["of them inside the write of a checkpoint"] >= 1
+
+
+def test_the_number_of_ranks_may_change_between_resumes(tmp_path):
+    """1 -> 2 -> 1 ranks see the images of one rank in its order, with its losses."""
+    assert not endurance.worlds(tmp_path).wrong

@@ -535,7 +535,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
     vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, world, device)
-    fingerprint = identity(vae, data)["data"][:16]
+    fingerprint = identity(data)["data"][:16]
     if pair and pair[0].get("data", fingerprint) != fingerprint:
         raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): name another --out")
     need = 16 * sum(p.numel() for net in (vae, sit, disc) if net for p in net.parameters())     # weights, EMA, AdamW

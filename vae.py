@@ -778,10 +778,10 @@ def write_safetensors(path, tensors):
 # A cache of latents for runs with a frozen VAE, a folder: latents.npy float16 [N, 2, C, h, w], mean and std of each
 # image's posterior; checksums.npy [N], 0 where there are none yet; cache.json, what VAE and data these belong to.
 
-def identity(vae, data):
-    """What a cache belongs to: the VAE's weights; the data's classes, labels and size (a folder and its pack agree)."""
+def identity(data, vae=None):
+    """Hashes of what a cache belongs to: the data's classes, labels and size (a folder and its pack agree); the VAE."""
     weights, labels = hashlib.sha256(), hashlib.sha256(json.dumps([data.classes, data.resolution]).encode())
-    for value in vae.state_dict().values():
+    for value in vae.state_dict().values() if vae else ():
         weights.update(value.cpu().contiguous().numpy().tobytes())
     labels.update(np.asarray(getattr(data, "labels", len(data)), np.int64).tobytes())
     return {"VAE": weights.hexdigest(), "data": labels.hexdigest()}
@@ -800,7 +800,7 @@ def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int
     rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     vae, folder = load_vae(checkpoint)[0], Path(out)
     images = open_for(vae, data, resolution)
-    N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(vae, images)
+    N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(images, vae)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "cache.json").exists():
         (folder / f"cache.json.{rank}").write_text(json.dumps(about))
@@ -832,7 +832,7 @@ class Cached:
             self.checksums, _ = (np.load(self.path.with_stem(name), mmap_mode="r") for name in ("checksums", "latents"))
         except Exception as error:
             raise ValueError(f"{folder} is no cache of vae.py encode ({first_line(error)})") from None
-        for what, own in identity(vae, data).items():
+        for what, own in identity(data, vae).items():
             if about.get(what) != own:
                 raise ValueError(f"{folder} is the cache of another {what}: make one by vae.py encode")
         if len(self.checksums) != len(data) or not self.checksums.all():

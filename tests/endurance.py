@@ -6,7 +6,7 @@
     python tests/endurance.py soak --steps=2000     # memory, open files and processes of a long run
 
 Each runs train.py in new processes, prints a table, then what was wrong, and ends with code 1 if anything was.
---seed=N draws other moments. tests/test_endurance.py runs a small sample of each.
+--seed=N draws other moments. tests/test_endurance.py runs a small sample of the first two.
 """
 import io
 import json

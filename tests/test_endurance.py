@@ -1,4 +1,4 @@
-"""A small sample of tests/endurance.py, which holds the long runs: kills, ranks that come, go and die, leaks.
+"""A small sample of tests/endurance.py, which holds the long runs: kills, and ranks that come and go.
 
     python -m pytest tests/test_endurance.py
 """

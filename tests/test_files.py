@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -407,7 +406,7 @@ def test_principal_colours():
     colours = V.principal_colours(z, 16).float()
     assert colours.shape == (2, 3, 16, 16)
     red = colours[0, 0, ::4, ::4].flatten()
-    assert (red.diff() >= 0).all() or (red.diff() <= 0).all() and red.max() - red.min() > 200
+    assert ((red.diff() >= 0).all() or (red.diff() <= 0).all()) and red.max() - red.min() > 200
 
 
 def test_mistakes(tmp_path, vae_file):
@@ -420,11 +419,11 @@ def test_mistakes(tmp_path, vae_file):
         assert result.returncode == 2 and word in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
-def test_pixel_shuffle_vae_keeps_its_groups(tmp_path):
+def test_groups_come_from_the_config(tmp_path):
     """guess_config can't see the groups of a GroupNorm: only ours and diffusers' files carry others than 32."""
     theirs = AutoencoderKL(block_out_channels=(32, 64), down_block_types=DOWN * 2, up_block_types=UP * 2,
                            norm_num_groups=8).eval()
     theirs.save_pretrained(tmp_path)
     ours = V.load_vae(str(tmp_path))[0]
-    assert ours.cfg.groups == 8 and replace(ours.cfg, groups=32) != ours.cfg
+    assert ours.cfg.groups == 8
     same(theirs, ours)

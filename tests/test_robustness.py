@@ -109,7 +109,7 @@ def test_full_disk(tmp_path):
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.stdout.count("could not write the checkpoint of step 6") == 1, done.stdout + done.stderr
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "step 000009/" not in done.stdout
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in out.glob("step_*")} == good and not list(out.glob("*.tmp"))
     assert "step 0000009/0000009" in done.stdout                    # it went on to the end
     execute(*SMALL, "--steps=9", f"--out={out}")

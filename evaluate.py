@@ -230,7 +230,7 @@ class Generated:
         return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
 
 def open_data(path, resolution, count=0):
-    """tiny (held-out images), an .npz or a folder -> its images, at least count of them (resolution: see open_images)."""
+    """tiny (held-out images), an .npz or a folder -> at least count of its images (resolution: see open_images)."""
     data = Shapes(resolution or 32, 10_000, HELD_OUT) if path == "tiny" else open_images(path, resolution)
     if len(data) < count:
         raise ValueError(f"{path} holds {len(data)} images, expected at least {count}")

@@ -21,6 +21,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,10 +33,10 @@ from tqdm import tqdm
 
 import sample
 from repa import DINOv2, cknna, fit, load_teacher, trained_once
-from sample import autocast, cast, choose_label, friendly, load_model, nearest, parse, rank0_first
+from sample import autocast, cast, choose_label, friendly, load_model, parse, rank0_first
 from sit import interpolate
-from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, grid, load_vae, open_images, principal_colours,
-                 read_weights, save_png, to_float, to_uint8, write_npz)
+from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, first_line, grid, load_vae, misfits, open_images,
+                 principal_colours, read_weights, reading, save_png, to_float, to_uint8, write_npz)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content
@@ -55,7 +56,6 @@ def full_float32():
 class Inception(tv.Inception3):
     """The network of 2015-12-05 that defines FID: torchvision's blocks, TensorFlow's poolings, 1008 classes."""
     name, metric, dim = "inception", "FID", 2048
-
     def __init__(self):
         super().__init__(1008, aux_logits=False, init_weights=False)
         def pool(branch, args):         # torchvision counts the padding; Mixed_7c's maximum is a slip of the original
@@ -66,7 +66,6 @@ class Inception(tv.Inception3):
             if hasattr(block, "branch_pool"):
                 block.register_forward_pre_hook(lambda block, args: setattr(block.branch_pool, "x", args[0]))
                 block.branch_pool.register_forward_pre_hook(pool)
-
     @full_float32()
     def forward(self, images):
         """uint8 [B, 3, R, R] -> pool features [B, 2048] (FID, IS, precision, recall), spatial [B, 2023] (sFID)."""
@@ -76,7 +75,6 @@ class Inception(tv.Inception3):
             if name == "Mixed_6d":  # its first branch is TensorFlow's mixed_6/conv; H, W, C order as in ADM's mu_s
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)   # [B, 17 * 17 * 7]
         return x.mean((2, 3)), spatial
-
     @full_float32()
     def logits(self, pool):
         """[N, 2048] -> [N, 1008] without the bias, as the Inception Score has always been computed."""
@@ -93,24 +91,28 @@ def resize_tf1(x, size):
 
 def load_inception(path=""):
     """The network with its weights, from a local file or the internet, on the CPU."""
-    net = Inception()
+    net, cached = Inception(), Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(INCEPTION_URL)
     try:
-        net.load_state_dict(read_weights(path) if path else torch.hub.load_state_dict_from_url(
-            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True))
+        if not path and cached.exists():    # torch.hub compares the hash in the name only when it downloads
+            if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(cached.stem[-8:]):
+                raise ValueError(f"{cached} is damaged, its hash differs: remove it")
+        state = read_weights(path) if path else torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+        if wrong := misfits(net.state_dict(), state):
+            raise ValueError(wrong[0])
+        net.load_state_dict(state)
     except Exception as error:              # a damaged file may lead its reader anywhere
-        raise ValueError(f"no FID Inception in {path or 'the internet'}: {' '.join(str(error).split())[:160]}; "
-                         f"expected the file of {INCEPTION_URL}; offline: --weights=FILE") from None
+        raise ValueError(f"no FID Inception in {path or 'the internet'} ({first_line(error)}): expected the file of "
+                         f"{INCEPTION_URL}; offline: --weights=FILE") from error
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 class Moments:
     """Mean and covariance of rows that arrive in batches on any number of ranks, and are not kept."""
     def __init__(self, dim, device="cpu"):
         self.sums = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)   # of (1, x) (1, x)^T
-
     def update(self, rows):             # [B, D]
         rows = F.pad(rows.double(), (1, 0), value=1)
         self.sums.addmm_(rows.T, rows)
-
     def result(self):
         """-> mu [D], sigma [D, D] (N - 1 in the denominator), float64 on the CPU, the same on all ranks."""
         sums = self.sums.clone()
@@ -174,14 +176,12 @@ class Judge(nn.Module):
     """The tiny world's network: uint8 [B, 3, R, R] -> [B, 128], alone. A classifier of its shapes that shares nothing
     with the teacher (other layers, seed and images), lest samples be judged by what they were trained to imitate."""
     name, metric, dim = "tiny", "FD-tiny", 128
-
     def __init__(self):
         super().__init__()
         layers = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))   # in, out, stride
         self.net = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.GELU())
                                    for a, b, stride in layers))
         self.head = nn.Linear(self.dim, len(Shapes.classes))
-
     def forward(self, images):
         return (self.net(to_float(images)).mean((2, 3)),)
 
@@ -198,11 +198,9 @@ def load_judge(resolution, steps=800):
 class ClassToken(nn.Module):
     """DINOv2 ViT-L/14's class token (Stein et al., 2306.04675): uint8 [B, 3, R, R] -> [B, 1024], alone."""
     name, metric, dim = "dinov2", "FD-dinov2", 1024
-
     def __init__(self, repo="", weights=""):
         super().__init__()
         self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)      # its own table, which it resamples itself
-
     @full_float32()
     def forward(self, images):
         for size in ((images.shape[2], 224), (224, 224)):           # PIL's resize: columns, then rows, each to uint8
@@ -224,7 +222,6 @@ class Generated:
     def __init__(self, model, protocol, how):
         self.model, self.protocol, self.how, self.classes = model, protocol, how, model.classes
         self.resolution = model.sit.cfg.size * model.vae.cfg.downsampling
-
     def __getitem__(self, indices):
         labels = [choose_label(self.protocol, self.how["seed"], i, len(self.classes)) for i in indices]
         return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
@@ -282,13 +279,19 @@ def load_reference(path, net, resolution, batch):
         data = open_data(path, resolution)
         return collect(data, len(data), net, batch, "reference") | {"sha256": hashlib.sha256(weights).hexdigest()}
     images = Packed(path)
-    held, stated = images.held, ("mu", "sigma", "mu_s", "sigma_s", "n")
-    stats = {name: held[name] for name in stated if name in held} if "mu" in held else {}
+    held = images.held
+    D, S = (np.size(held.get(name, ())) for name in ("mu", "mu_s"))                     # 2048, 2023
+    forms = {"mu": torch.empty(D), "sigma": torch.empty(D, D), "mu_s": torch.empty(S), "sigma_s": torch.empty(S, S),
+             "n": torch.tensor(2)}
+    stats = {name: held[name] for name in forms if name in held} if "mu" in held else {}
+    with reading(path, "reference"):
+        if wrong := misfits(forms, {name: torch.as_tensor(value) for name, value in stats.items()}):
+            raise ValueError(wrong[0])
     maker, width = str(held.get("network", "inception")), len(stats.get("mu", ()))      # ADM's files don't name it
     if stats and (maker, width) != (net.name, net.dim):
         raise ValueError(f"{path} was made with {maker} features [{width}], not {net.name} [{net.dim}]: "
                          f"use --features={maker}, or make another reference (evaluate.py ref)")
-    if (stats.get("n", 2) if stats else len(images)) < 2:
+    if ("sigma" not in stats or stats.get("n", 2) < 2) if stats else len(images) < 2:
         raise ValueError(f"{path} holds fewer than 2 images (arr_0), or statistics (mu, sigma) of fewer")
     if len(images):
         if images.resolution != resolution:
@@ -334,11 +337,11 @@ def report(stem, command, values, settings, usual, header=True):
 
 @dataclass
 class Options:
-    command: str = ""           # gen, recon, align or ref
+    command: Literal["gen", "recon", "align", "ref"]
     path: str = ""              # a checkpoint or a run's folder; gen: or samples (.npz, folder); ref: the images
     data: str = ""              # recon, align: held-out images: tiny, an .npz, a folder of images or of class folders
     count: int = 0              # how many images; 0: 50,000 (align: 10,000; tiny: 1,000), of given samples all
-    features: str = ""          # inception, dinov2 or tiny; default: tiny in the tiny world, else inception
+    features: Literal["", "inception", "dinov2", "tiny"] = ""   # default: tiny in the tiny world, else inception
     weights: str = ""           # a local file of that network's weights
     repo: str = ""              # a local clone of facebookresearch/dinov2
     resolution: int = 0         # ref, recon: side to which a folder's images are cropped; 0: 256
@@ -348,11 +351,11 @@ class Options:
     ref: str = ""               # gen: the reference, an .npz (ADM's or evaluate.py ref's) or tiny
     vae: str = ""               # gen, align: the VAE of a checkpoint that holds none
     curve: bool = False         # gen: all checkpoints of the run's folder
-    solver: str = ""            # gen: as in sample.py; default sde (tiny: ab2)
+    solver: Literal["", *sample.SOLVERS] = ""       # gen: as in sample.py; default sde (tiny: ab2)
     steps: int = 0              # gen: default 250 (tiny: 50)
     guidance: str = "1"         # a scale; a list is a sweep: 1,1.5,2
     interval: str = "0:1"       # guidance where low <= t <= high; a list is a sweep: 0:1,0.1:0.8
-    labels: str = "random"      # random or balanced (each class equally often)
+    labels: Literal["random", "balanced"] = "random"    # balanced: each class equally often
 
 def sweep(opt, solver, steps):
     """-> arguments of Model.batch: every scale in every interval, but one where a scale <= 1 switches guidance off."""
@@ -457,12 +460,10 @@ def align(opt, device):
 @friendly
 def main(argv):
     opt, needs = parse(Options, argv), {"gen": "ref", "ref": "out", "recon": "data", "align": "data"}
-    if opt.command not in needs:
-        raise ValueError(f"unknown command {opt.command!r}{nearest(opt.command, needs)}")
     if not opt.path or not getattr(opt, needs[opt.command]):
         raise ValueError(f"evaluate.py {opt.command} needs a path and --{needs[opt.command]}=...")
-    if opt.features not in ("", "inception", "dinov2", "tiny") or opt.count < 0 or opt.count == 1 or opt.batch < 1:
-        raise ValueError("expected --features=inception, dinov2 or tiny, --count at least 2, --batch at least 1")
+    if opt.count < 0 or opt.count == 1 or opt.batch < 1:
+        raise ValueError("expected --count at least 2, --batch at least 1")
     {"gen": gen, "ref": make_reference, "recon": recon, "align": align}[opt.command](opt, sample.start()[2])
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ a frozen self-supervised teacher sees in the clean image, so the latents must ke
 """
 import hashlib
 import math
+import zipfile
 from pathlib import Path
 
 import torch
@@ -25,6 +26,18 @@ def align_loss(projected, target):
                    for p, f in zip(projected, target, strict=True)]
         return -sum(cosines) / len(cosines)
 
+def load_weights(net, path, part=None):
+    """A file's weights (or a part of it) into the net, checksums and types compared -> the file's content."""
+    if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"the checksum of {bad} differs")
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    state = file[part] if part else file
+    for key, own in net.state_dict().items():
+        if own.dtype != state[key].dtype and not own.is_floating_point() & state[key].is_floating_point():
+            raise ValueError(f"{key} is {state[key].dtype}, expected {own.dtype}")
+    net.load_state_dict(state)
+    return file
+
 # ---------------------------------------------------------------- DINOv2 (Oquab et al., 2304.07193) through torch.hub.
 
 DINOV2_REPO = "facebookresearch/dinov2"
@@ -35,27 +48,25 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def teacher_shape(name, resolution):
     """Tokens and width (T, d) of a teacher's output for images of this resolution, without loading it."""
-    if name not in TEACHERS:
-        raise ValueError(f"unknown teacher {name!r}: expected one of {', '.join(TEACHERS)}")
     if name == "tiny":
         return (resolution // TinyTeacher.stride) ** 2, TinyTeacher.dim
     return (resolution // 16) ** 2, DINOV2_DIMS[name.split("_")[1]]     # 16 px of the image are one 14 px patch
 
 class DINOv2(nn.Module):
     """uint8 [B, 3, R, R] -> patch tokens [B, (R/16)^2, d]: the image is resized by 14/16, so patches of 14 px fit.
-
     Without downloads: repo is a clone of facebookresearch/dinov2, weights a file (dinov2_vitb14_pretrain.pth).
     """
     def __init__(self, name, resolution, repo="", weights=""):
         super().__init__()
         file = f"dinov2_{name.split('_')[1]}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-        self.side = resolution // 16
+        self.side, cached = resolution // 16, Path(torch.hub.get_dir()) / "checkpoints" / file
+        weights = weights or (str(cached) if cached.exists() else "")
         try:
             where, source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_REVISION}", "github")
             self.net = torch.hub.load(where, name, source=source, trust_repo=True, skip_validation=True, verbose=False,
                                       pretrained=not weights)
             if weights:
-                self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+                load_weights(self.net, weights)
         except Exception as error:      # hub code of any kind runs here
             why = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -66,7 +77,6 @@ class DINOv2(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
-
     @staticmethod
     def resample(table, side):
         """Position table [1, 1 + n*n, d] -> [1, 1 + side*side, d]: bicubic; the class token's row stays. With
@@ -76,12 +86,10 @@ class DINOv2(nn.Module):
         grid = grid.reshape(1, n, n, -1).permute(0, 3, 1, 2).float()
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(table.dtype)], 1)
-
     def preprocess(self, image):
         """uint8 -> normalised by ImageNet's statistics, then bicubic (without antialias) to 14 px for each patch."""
         x = (image.float() / 255 - self.mean) / self.std
         return F.interpolate(x, (14 * self.side, 14 * self.side), mode="bicubic")
-
     def forward(self, image):
         return self.net.forward_features(self.preprocess(image))["x_norm_patchtokens"]
 
@@ -91,10 +99,8 @@ class TinyTeacher(nn.Module):
     """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
 
     dim, stride = 64, 8
-
     def __init__(self, num_classes=10):
         super().__init__()
-
         def stage(c_in, c_out, stride):
             return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
         self.net = nn.Sequential(*stage(3, 32, 2), *stage(32, 64, 2), *stage(64, 64, 1), *stage(64, 96, 2),
@@ -103,13 +109,11 @@ class TinyTeacher(nn.Module):
         self.segment = nn.Linear(self.dim, num_classes + 1)     # the last class is the background
         self.classify = nn.Linear(96, num_classes)
         self.to(memory_format=torch.channels_last)
-
     def features(self, image):
         """-> tokens [B, T, 64], pooled [B, 96]."""
         h = self.net(image.float() / 127.5 - 1).flatten(2).transpose(1, 2)                      # [B, T, 96]
         tokens = self.norm(self.token(h).flatten(0, 1))         # each feature centred: a cosine of 0 is chance
         return tokens.view(len(h), -1, self.dim), h.mean(1)
-
     def forward(self, image):
         return self.features(image)[0]
 
@@ -153,11 +157,9 @@ def trained_once(kind, build, seed, draw, train, *recipe):
         torch.save({"net": net.state_dict(), "extra": extra}, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
     try:
-        saved = torch.load(path, weights_only=True)
-        net.load_state_dict(saved["net"])
+        return net.eval(), load_weights(net, path, "net")["extra"]
     except Exception as error:              # a damaged file may lead its reader anywhere
         raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it, it is made again") from None
-    return net.eval(), saved["extra"]
 
 def load_tiny_teacher(draw):
     """-> the teacher, trained or from the cache, and its accuracy."""
@@ -165,7 +167,6 @@ def load_tiny_teacher(draw):
 
 def load_teacher(name, resolution, repo="", weights="", draw=None):
     """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], of teacher_shape's (T, d). One rank loads it first."""
-    teacher_shape(name, resolution)
     if name != "tiny":
         return DINOv2(name, resolution, repo, weights)
     if draw is None:
@@ -196,7 +197,6 @@ def cknna(a, b, k=10):
     if len(b) != n or n <= max(k, 3):
         raise ValueError(f"CKNNA with k = {k} needs {max(k, 3) + 1} images or more, twice the same: {n} and {len(b)}")
     a, b = (neighbours(F.normalize(x.float(), dim=1), k) for x in (a, b))
-
     def hsic(p, q):
         (value_p, index_p), (value_q, index_q) = p, q
         i, u, v = (index_p[:, :, None] == index_q[:, None]).nonzero(as_tuple=True)      # in both

@@ -15,12 +15,14 @@ import inspect
 import math
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -28,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
-from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict, load_vae, read_weights, save_png,
-                 to_uint8, write_npz)
+from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict, load_vae, read_weights, reading,
+                 save_png, shared_array, to_uint8, write_npz)
 
 # ---------------------------------------------- Processes. One process without torchrun; as many as it starts with it.
 
@@ -46,7 +48,11 @@ def start():
     elif torch.backends.mps.is_available() and rank == 0:
         print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # one machine's torchrun keeps a store over restarts: with
+            store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # dead ranks' keys
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                                device_id=device if gpu else None)
     return rank, world, device
 
 @contextmanager
@@ -78,8 +84,7 @@ def seed_of(seed, stream, i):
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest()
     return (int.from_bytes(digest, "little") + i) % 2**32
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options: a dataclass, or a function, is the command line. `--key=value`; leading values without a key fill the first.
+# --- Options: a dataclass or a function is the command line. `--key=value`; leading values without key fill the first.
 
 def parse(target, argv, presets=None):
     """Calls a dataclass or a function with the command line's words. ValueError names the wrong word and the nearest
@@ -116,9 +121,13 @@ def nearest(word, known):
     return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
 
 def cast(key, text, kind):
-    """Text -> int, float, bool or str, by the field's type."""
+    """Text -> int, float, bool or str, or one of a few words, by the field's type."""
     if text is None or text.startswith("--"):
         raise ValueError(f"--{key} needs a value: --{key}=...")
+    if choices := get_args(kind):
+        if text not in choices:
+            raise ValueError(f"--{key}={text}{nearest(text, choices)}")
+        return text
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:
         return words[text.lower()] if kind is bool else kind(text)
@@ -142,22 +151,24 @@ def friendly(main):
                 dist.destroy_process_group()
         except Exception as error:
             code = 2 if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else 1
-            if code == 1 or os.environ.get("TRACEBACK"):
+            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)      # a collective without its others
+            if code == 1 and not lost or os.environ.get("TRACEBACK"):
                 traceback.print_exc()
             elif first_to_fail():
                 text = str(error).strip() or type(error).__name__       # a data worker's is a traceback: its last line
+                text = "another process is gone (torchrun names it): the same command goes on" if lost else text
                 hint = ": lower --micro_batch or --batch" * isinstance(error, torch.OutOfMemoryError)
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
                 print(f"error{where}: {text.splitlines()[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
             sys.stdout.flush()
             traceback.clear_frames(error.__traceback__)     # data workers end with their loader
             if dist.is_initialized():
-                os._exit(code)      # at once: the others may wait in a collective; torchrun ends them when this is gone
+                time.sleep(1)       # torchrun names the process that it finds gone first: one that was killed, not this
+                os._exit(code)      # though others may wait in a collective: torchrun ends them when this is gone
             sys.exit(code)
     return run
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Solvers: z at t = 1 -> z at t = 0, float64, along velocity(z, t: float) -> dz/dt; `steps` calls (heun: 2 steps - 1).
+# -- Solvers: z at t = 1 -> z at t = 0, float64, along velocity(z, t: float) -> dz/dt; `steps` calls (heun: about two).
 
 def euler(velocity, z, steps):
     """Order 1: z += dt v(z, t)."""
@@ -217,14 +228,12 @@ class Model:
     classes: list
     config: dict
     step: int
-
     @torch.no_grad()
     def batch(self, indices, labels, steps, solver, guidance, low, high, seed):
         """Images number `indices` of the seed, of these labels -> uint8 [B, 3, R, R]."""
         cfg, device = self.sit.cfg, self.sit.pos_embed.device
         velocity = guided(self.sit, torch.as_tensor(labels, device=device), guidance, low, high)
         generators = [torch.Generator(device).manual_seed(seed_of(seed, "image", i)) for i in indices]
-
         def noise():
             shape = (cfg.channels, cfg.size, cfg.size)
             return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]).double()
@@ -232,7 +241,6 @@ class Model:
         with autocast(device):
             zn = SOLVERS[solver](velocity, noise(), steps, *((noise, cfg.path) if solver == "sde" else ()))
         return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
-
     def __call__(self, labels, steps=250, solver="sde", guidance=1.0, low=0.0, high=1.0, seed=0, batch=64, first=0):
         """Labels (numbers) -> uint8 [len(labels), 3, R, R] on the CPU. Image i of a seed is number first + i."""
         numbers = range(first, first + len(labels))
@@ -249,8 +257,9 @@ def load_model(path, device="cpu", vae=""):
     ours = {"sit_config", "ema"} <= keys
     if "vae_config" in keys and not ours:
         raise ValueError(f"{path} holds a VAE without a SiT (--sit=none): train one with --vae={path}")
-    cfg, state = (config_from_dict(SiTConfig, file["sit_config"]), file["ema"]) if ours else published_sit(file, path)
-    sit = load_strict(SiT(cfg), state, f"{path}: its SiT")
+    with reading(path, "checkpoint of train.py, REPA-E, REPA or SiT"):
+        cfg, state = (config_from_dict(SiTConfig, file["sit_config"]), file["ema"]) if ours else published_sit(file)
+        sit = load_strict(SiT(cfg), state, f"{path}: its SiT")
     if vae in VAES or not vae and "vae" not in keys:
         raise ValueError((f"--vae={vae} is untrained" if vae else f"{path} holds no VAE") +
                          ": name one with --vae=..., for REPA and SiT: hf:stabilityai/sd-vae-ft-mse")
@@ -283,12 +292,12 @@ class Options:
     path: str = ""              # a checkpoint, or a run's folder (its newest)
     count: int = 64             # how many images
     out: str = ""               # .png (a grid) or .npz (ADM's layout); default grid.png to 100 images, then samples.npz
-    solver: str = "sde"         # sde (Euler-Maruyama, the paper's), euler, heun, ab2
+    solver: Literal[*SOLVERS] = "sde"       # sde (Euler-Maruyama, the paper's), euler, heun, ab2
     steps: int = 250            # network calls (heun: nearly twice as many)
     guidance: float = 1.0       # classifier-free guidance scale; 1 is off
     low: float = 0.0            # guidance only where low <= t <= high (t = 1 is noise)
     high: float = 1.0
-    labels: str = "random"      # random or balanced (each class equally often): say which beside any FID
+    labels: Literal["random", "balanced"] = "random"    # balanced: each class equally often; say which by any FID
     classes: str = ""           # instead: names or numbers, repeated in turn (star,heart)
     seed: int = 0
     batch: int = 64             # images at a time on each process
@@ -298,10 +307,6 @@ def check(opt):
     """The first mistake in the options, as a ValueError."""
     if not opt.path:
         raise ValueError("name a checkpoint or a run's folder: python sample.py runs/tiny")
-    if opt.solver not in SOLVERS:
-        raise ValueError(f"unknown solver {opt.solver!r}{nearest(opt.solver, SOLVERS)}")
-    if opt.labels not in ("random", "balanced"):
-        raise ValueError(f"--labels={opt.labels}: expected random or balanced (or --classes=...)")
     if min(opt.count, opt.batch) < 1 or opt.steps < 2:
         raise ValueError("--count and --batch must be at least 1, --steps at least 2")
     if not 0 <= opt.guidance < math.inf or not opt.low <= opt.high:
@@ -321,10 +326,8 @@ def main(argv):
               for i in range(opt.count)]
 
     # every process writes its rows of one memory-mapped file: 50,000 images of 256 px never are in memory
-    side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, f"{out}.rows"
-    with open(raw, "ab") as file:
-        file.truncate(opt.count * 3 * side * side)
-    rows = np.memmap(raw, np.uint8, "r+", shape=(opt.count, 3, side, side))
+    side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, Path(f"{out}.rows.npy")
+    rows = shared_array(raw, "|u1", (opt.count, 3, side, side))
     for i in tqdm(range(rank, opt.count, world * opt.batch), "sampling", disable=rank > 0):
         indices = list(range(i, min(i + world * opt.batch, opt.count), world))
         rows[indices] = model.batch(indices, [labels[j] for j in indices], opt.steps, opt.solver, opt.guidance,

@@ -23,8 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interpolants: z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_* are derivatives with respect to t.
+# ----------- Interpolants: z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_* are derivatives by t.
 
 def interpolant(t, path="linear"):
     """t in [0, 1] -> alpha, sigma, d_alpha, d_sigma, each of t's shape."""
@@ -67,17 +66,13 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
     """u uniform in (0, 1), [B] -> training times t [B]: u itself, or EDM's lognormal sigma = exp(N(0, 1))."""
     if weighting == "uniform":
         return u
-    if weighting == "lognormal":
-        sigma = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).exp()
-        t = sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
-        return t.to(u.dtype)
-    raise ValueError(f"unknown weighting of t {weighting!r}: expected uniform or lognormal")
+    sigma = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).exp()
+    return (sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)).to(u.dtype)
 
 # -------- Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
 
 class LatentNorm(nn.BatchNorm2d):
     """BatchNorm2d with its two modes as two calls.
-
     forward(z) uses the running statistics and leaves them alone: for the gradient of the VAE step they are constants.
     normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps their sums until commit() merges
     them into the running ones, once a step, however many micro-batches it had.
@@ -85,18 +80,14 @@ class LatentNorm(nn.BatchNorm2d):
     def __init__(self, channels):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
         self.pending = None
-
     def forward(self, z):
         """z [B, C, H, W] -> zn, by the running statistics."""
         return self._scale(z, self.running_mean, self.running_var)
-
     def inverse(self, zn):
         """zn -> z: the exact inverse of forward, before decoding."""
         return zn * (self.running_var + self.eps).sqrt()[:, None, None] + self.running_mean[:, None, None]
-
     def _scale(self, z, mean, var):
         return (z - mean.to(z.dtype)[:, None, None]) * (var + self.eps).rsqrt().to(z.dtype)[:, None, None]
-
     def normalise_batch(self, z):
         """z [B, C, H, W] float32 -> zn, by this batch's mean and biased variance over all ranks."""
         count = z.numel() // z.shape[1]
@@ -108,13 +99,11 @@ class LatentNorm(nn.BatchNorm2d):
         self.pending = (total, count) if self.pending is None else (self.pending[0] + total, self.pending[1] + count)
         mean, square = (own + (total - own).detach()) / count       # naive ablation: gradient through this rank's share
         return self._scale(z, mean.float(), (square - mean.square()).float())
-
     def pending_statistics(self):
         """Mean and unbiased variance [C] of everything normalised since the last commit."""
         (total, square), n = self.pending
         mean = total / n
         return mean.float(), ((square / n - mean.square()) * (n / max(n - 1, 1))).float()
-
     @torch.no_grad()
     def commit(self, ok):
         """Move the running statistics towards the pending ones; where ok (a bool tensor) is False they stay."""
@@ -122,7 +111,6 @@ class LatentNorm(nn.BatchNorm2d):
             running.copy_(torch.where(ok, running.lerp(new, self.momentum), running))
         self.pending = None
         self.num_batches_tracked += ok.long()
-
     @torch.no_grad()
     def set(self, mean, var):
         """Start from given statistics, [C] each."""
@@ -175,11 +163,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
     @staticmethod
     def frequencies(device=None):
         return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
-
     def forward(self, t):
         angle = t.float()[:, None] * self.frequencies(t.device)
         with torch.autocast(t.device.type, enabled=False):      # bfloat16 would merge neighbouring t
@@ -193,7 +179,6 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-
     def forward(self, x):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)     # [B, heads, T, d]
@@ -208,7 +193,6 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
@@ -220,7 +204,6 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(x, shift, scale))
@@ -230,7 +213,6 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels, width, patch):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
-
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
 
@@ -250,7 +232,6 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(D, cfg.patch, cfg.channels)
         self.bn = LatentNorm(cfg.channels)
         self.initialise()
-
     def initialise(self):
         """adaLN-Zero: every block starts as the identity, and the predicted velocity as 0."""
         for module in self.modules():
@@ -264,18 +245,15 @@ class SiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-
     def embed(self, z_t, t, y, drop=None):
         """-> tokens x [B, T, D] and condition c [B, D]. Where drop [B] (bool) is True, y is the null class."""
         y = y if drop is None else torch.where(drop, self.cfg.num_classes, y)
         return self.x_embedder(z_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder.embedding_table(y)
-
     def unpatchify(self, x):
         """[B, T, patch * patch * C] -> [B, C, H, W]; the last axis is ordered (row in the patch, column, channel)."""
         B, p, n = len(x), self.cfg.patch, self.cfg.size // self.cfg.patch
         x = x.view(B, n, n, p, p, self.cfg.channels).permute(0, 5, 1, 3, 2, 4)      # [B, C, n, p, n, p]
         return x.reshape(B, self.cfg.channels, n * p, n * p)
-
     def forward(self, z_t, t, y, drop=None):
         """z_t [B, C, H, W] normalised noisy latents, t [B], labels y [B], drop [B] bool or None
         -> v [B, C, H, W], and a list of projected tokens [B, T, d_teacher], one for each projector."""
@@ -286,57 +264,48 @@ class SiT(nn.Module):
             if i == self.cfg.align_depth:
                 tokens = [project(x) for project in self.projectors]
         return self.unpatchify(self.final_layer(x, c)), tokens
-
     def align_only(self, z_t, t, y):
         """The projected tokens of forward, without the blocks behind align_depth and without label dropout."""
         h = self.hidden(z_t, t, y, self.cfg.align_depth)[-1]
         return [project(h) for project in self.projectors]
-
     def velocity(self, z_t, t, y):
         """v [B, C, H, W] alone."""
         x, c = self.embed(z_t, t, y)
         for block in self.blocks:
             x = block(x, c)
         return self.unpatchify(self.final_layer(x, c))
-
     def hidden(self, z_t, t, y, depth=None):
         """The tokens behind each block (of the first `depth`), a list of [B, T, D]."""
         x, c = self.embed(z_t, t, y)
         return [x := block(x, c) for block in self.blocks[:depth]]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
+# - Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
 
-def published_sit(file, what):
+def published_sit(file):
     """A published checkpoint, as torch.load gives it -> (SiTConfig, state dict), the same network as a SiT of ours.
-
     The architecture is read off the shapes (heads have 64 channels, XL's 72); the file's args, if any, tell the rest.
-    Files without statistics of the latents (REPA, SiT) are SD-VAE's: zn = 0.18215 z. `what` names the file in errors.
+    Files without statistics of the latents (REPA, SiT) are SD-VAE's: zn = 0.18215 z.
     """
-    try:
-        state, args = file.get("ema", file), file.get("args")
-        early, late = (len({key.split(".")[1] for key in state if key.startswith(prefix)})
-                       for prefix in ("blocks.", "decoder_blocks."))
-        state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{early + int(m[1])}", key): value
-                 for key, value in state.items()}       # older files of REPA count anew behind align_depth
-        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        dims = tuple(len(w) for key, w in state.items() if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
-        cfg = SiTConfig(
-            depth=early + late, width=width, heads=16 if width == 1152 else width // 64, patch=patch, channels=channels,
-            size=patch * math.isqrt(state["pos_embed"].shape[1]),
-            num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, teacher_dims=dims,
-            align_depth=getattr(args, "encoder_depth", early if late else 8 if width >= 1024 else 4),
-            projector_width=len(state["projectors.0.0.weight"]) if dims else SiTConfig.projector_width,
-            qk_norm="blocks.0.attn.q_norm.weight" in state, path=getattr(args, "path_type", "linear").lower())
-        if len(state["final_layer.linear.weight"]) == 2 * patch * patch * channels:
-            reverse_time(state, patch, channels)
-    except (KeyError, AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(f"{what} is no checkpoint of train.py, REPA-E, REPA or SiT "
-                         f"({type(error).__name__}: {' '.join(str(error).split())})") from None
+    state, args = file.get("ema", file), file.get("args")
+    early, late = (len({key.split(".")[1] for key in state if key.startswith(prefix)})
+                   for prefix in ("blocks.", "decoder_blocks."))
+    state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{early + int(m[1])}", key): value
+             for key, value in state.items()}           # older files of REPA count anew behind align_depth
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    dims = tuple(len(w) for key, w in state.items() if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
+    cfg = SiTConfig(
+        depth=early + late, width=width, heads=16 if width == 1152 else width // 64, patch=patch, channels=channels,
+        size=patch * math.isqrt(state["pos_embed"].shape[1]),
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, teacher_dims=dims,
+        align_depth=getattr(args, "encoder_depth", early if late else 8 if width >= 1024 else 4),
+        projector_width=len(state["projectors.0.0.weight"]) if dims else SiTConfig.projector_width,
+        qk_norm="blocks.0.attn.q_norm.weight" in state, path=getattr(args, "path_type", "linear").lower())
+    if len(state["final_layer.linear.weight"]) == 2 * patch * patch * channels:
+        reverse_time(state, patch, channels)
     prediction = getattr(args, "prediction", "v")
     if width % 64 or cfg.path not in ("linear", "cosine") or prediction not in ("v", "velocity"):
-        raise ValueError(f"{what}: width {width}, path {cfg.path}, prediction {prediction}: expected a multiple of 64, "
-                         "linear or cosine, v or velocity")
+        raise ValueError(f"width {width}, path {cfg.path}, prediction {prediction}: expected a multiple of 64, linear "
+                         "or cosine, v or velocity")
     if "bn.running_var" not in state and channels == 4:
         bn = LatentNorm(channels)
         bn.set(torch.zeros(channels), torch.full((channels,), 0.18215**-2 - bn.eps))
@@ -345,7 +314,6 @@ def published_sit(file, what):
 
 def reverse_time(state, patch, channels):
     """willisma/SiT's weights, in place: t = 1 is data there, v has the other sign. -> v(z, t) = -theirs(z, 1 - t).
-
     cos f(1 - t) = cos f cos ft + sin f sin ft, and sin f(1 - t) = sin f cos ft - cos f sin ft: the first layer behind
     the cosines and sines takes 1 - t in. Of the 2C channels of the output, C are the velocity and C are unused.
     (DiT's files have the same names and shapes but predict noise: nothing tells them from SiT's.)

@@ -36,6 +36,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,12 +45,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from repa import align_loss, load_teacher, teacher_shape
+from repa import TEACHERS, align_loss, load_teacher, teacher_shape
 from sample import Model, all_mean, autocast, friendly, parse, rank0_first, seed_of, start
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
                  config_from_dict, discriminator_loss, find_checkpoint, generator_loss, grid, identity, kl_divergence,
-                 load_strict, load_vae, open_images, read_weights, reconstruction_loss, save_png, to_float, to_uint8)
+                 load_strict, load_vae, misfits, open_images, read_weights, reading, reconstruction_loss, save_png,
+                 to_float, to_uint8)
 
 # ---------------- Config. The defaults are the paper's ImageNet run; --key=value changes one, --preset=NAME a handful.
 
@@ -62,17 +64,17 @@ class Config:
     resolution: int = 256           # R, side of the images
     vae: str = "sdvae"              # sdvae, invae, vavae, hf:... (downloaded); a file, a folder; f8d4 ... tiny (random)
     sit: str = "SiT-XL/2"           # SiT-{S,B,L,XL}/{1,2,4,8}, depth-width-heads/patch, or none (VAE only)
-    teacher: str = "dinov2_vitb14"  # dinov2_vit{s,b,l,g}14[_reg], tiny, or none
+    teacher: Literal["none", *TEACHERS] = "dinov2_vitb14"   # dinov2_vit{s,b,l,g}14[_reg], tiny, or none
     teacher_repo: str = ""          # a local clone of facebookresearch/dinov2, for machines without internet
     teacher_weights: str = ""       # a local file of the teacher's weights
     init: str = ""                  # start from this checkpoint's VAE, discriminator and EMA SiT
     train_vae: bool = True          # False: the VAE stays as it is (REPA, plain SiT)
-    latent_norm: str = "batch"      # batch: BatchNorm follows the latents; fixed: the statistics of the start
+    latent_norm: Literal["batch", "fixed"] = "batch"    # BatchNorm follows the latents, or stays as it was at the start
     stop_grad: bool = True          # False: the diffusion loss reaches the VAE (the naive ablation)
     first_stage: int = 0            # train the VAE alone for so many steps first (with a random --vae)
     # SiT
-    path: str = "linear"            # interpolant: linear or cosine
-    weighting: str = "uniform"      # of t: uniform or lognormal
+    path: Literal["linear", "cosine"] = "linear"            # the interpolant
+    weighting: Literal["uniform", "lognormal"] = "uniform"  # of t
     label_drop: float = 0.1         # share of labels replaced by the null class, for guidance
     align_depth: int = 0            # SiT block that is aligned; 0: 8 for L and XL, 4 for B and S, else half the depth
     projector_width: int = 2048
@@ -80,7 +82,7 @@ class Config:
     # losses
     repa_sit: float = 0.5           # weight of the alignment in the SiT step
     repa_vae: float = 1.5           # ... and in the VAE step: the only way from SiT back to the VAE
-    recon_loss: str = "l1"          # l1 (the released configuration) or l2 (the paper's text)
+    recon_loss: Literal["l1", "l2"] = "l1"      # l1 (the released configuration) or l2 (the paper's text)
     lpips: float = 1.0
     lpips_legacy_range: bool = False    # LPIPS on 2x - 1, as the published VAEs were trained
     kl: float = 1e-6
@@ -103,7 +105,7 @@ class Config:
     hflip: bool = False
     seed: int = 0
     # machine
-    compile: str = "auto"           # torch.compile: auto (on GPUs), 1, 0
+    compile: Literal["auto", "0", "1"] = "auto"     # torch.compile; auto: on GPUs
     deterministic: bool = False     # the same bits each time on a GPU, too: slower
     workers: int = 8                # processes that decode images, for each rank
     # output
@@ -147,14 +149,10 @@ def architecture(cfg):
 
 def check(cfg, world, vae_config=None):
     """All that is wrong with the settings, each in one line that says what to do."""
-    choices = {"latent_norm": ("batch", "fixed"), "path": ("linear", "cosine"), "compile": ("auto", "0", "1"),
-               "weighting": ("uniform", "lognormal"), "recon_loss": ("l1", "l2")}
     bad, shares = [], ["label_drop", "ema", "vae_ema"]
     zero = shares + "repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth".split()
     for name, value in asdict(cfg).items():
-        if name in choices and value not in choices[name]:
-            bad.append(f"--{name}={value}: expected {' or '.join(choices[name])}")
-        elif name in shares and not 0 <= value < 1:
+        if name in shares and not 0 <= value < 1:
             bad.append(f"--{name}={value} must be at least 0 and below 1")
         elif type(value) in (int, float) and name != "seed" and not (value > 0 or (value == 0 and name in zero)):
             bad.append(f"--{name}={value} must be positive")
@@ -197,8 +195,7 @@ def check(cfg, world, vae_config=None):
                        f"--teacher={cfg.teacher} {wanted}: use {fits[0]}")
     return bad
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data order and randomness: functions of (seed, step), for the whole batch; each process takes its rows. So nothing
+# ---- Data order and randomness: functions of (seed, step), for the whole batch; each process takes its rows. Nothing
 # about them is ever saved, a resumed run goes on exactly where it was, and the number of processes may change between.
 
 class Order(torch.utils.data.Sampler):
@@ -293,6 +290,15 @@ def make_optimizer(network, lr):
     """The paper's AdamW. Fused: one kernel, whose `found_inf` skips a step on the device, without asking the host."""
     return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
 
+def load_optimizer(opt, saved, what):
+    """AdamW's two averages of every parameter; the settings, among them a changed rate, are this run's."""
+    own = {f"{i}.{key}": opt.param_groups[0]["params"][i] if key != "step" else torch.tensor(0.0)
+           for i in saved["state"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    given = {f"{i}.{key}": value for i, values in saved["state"].items() for key, value in values.items()}
+    if wrong := misfits(own, given) or [f"{key} is too many or missing" for key in own.keys() ^ given.keys()]:
+        raise ValueError(f"{what} does not fit: {wrong[0]}")
+    opt.load_state_dict({**opt.state_dict(), "state": saved["state"]})
+
 class Log:
     """Sums of scalars on the device; one reduction and one copy to the host for each line that is printed."""
     NETWORKS = {"vae": ("l1", "lpips", "kl", "gan", "align_vae"), "disc": (), "sit": ("v", "align_sit")}
@@ -386,7 +392,7 @@ class PoliteStop:
         return flag.item() > 0
 
 def save(cfg, step, plays, resumes):
-    """Both files of a step, the one that plays last: it completes the pair. Then the old pairs go."""
+    """Both files of a step, the one that plays last: it completes the pair. Then old pairs go, and what kills left."""
     out = Path(cfg.out)
     for name, content in ((f"step_{step:07d}.resume.pt", resumes), (f"step_{step:07d}.pt", plays)):
         content = {key: value.state_dict() if hasattr(value, "state_dict") else value
@@ -401,10 +407,12 @@ def save(cfg, step, plays, resumes):
             raise error.__context__ or error
         finally:
             (out / f"{name}.tmp").unlink(missing_ok=True)
-    for old in checkpoints(out)[: -cfg.keep]:
-        if old % cfg.keep_every:
-            (out / f"step_{old:07d}.pt").unlink()
-            (out / f"step_{old:07d}.resume.pt").unlink()
+    steps = checkpoints(out)
+    kept = {f"step_{old:07d}.resume.pt" for old in steps if old in steps[-cfg.keep :] or old % cfg.keep_every == 0}
+    for path in out.glob("step_*.resume.pt"):
+        if path.name not in kept:
+            path.with_name(path.name.replace(".resume", "")).unlink(missing_ok=True)
+            path.unlink()
 
 def load_pair(cfg, rank):
     """The newest complete pair of the run's folder, or None. ValueError where its settings can't be continued."""
@@ -413,6 +421,8 @@ def load_pair(cfg, rank):
     path = Path(cfg.out) / f"step_{steps[-1]:07d}.pt"
     plays, resumes = (read_weights(p) for p in (path, path.with_suffix(".resume.pt")))
     old, new = plays["config"], asdict(cfg)
+    if not steps[-1] == plays["steps"] == resumes["steps"] or misfits({"skipped": torch.zeros(2)}, resumes):
+        raise ValueError(f"{path} and its .resume.pt are no pair of one step: remove both")
     if cfg.train_vae and cfg.gan and "opt_disc" not in resumes:
         raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new --out and --init")
     fixed = "data resolution sit teacher train_vae latent_norm stop_grad path batch seed hflip".split()
@@ -530,7 +540,9 @@ def check_replicas(world, **networks):
 def run(cfg, rank, world, device, stop=lambda: False):
     """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one. -> False if stop() ended it."""
     data = open_images(cfg.data, cfg.resolution)
-    pair = load_pair(cfg, rank)
+    resuming = partial(reading, cfg.out, "run's folder", "remove its newest pair of checkpoints")
+    with resuming():
+        pair = load_pair(cfg, rank)
     first = pair[0]["steps"] if pair else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
@@ -562,11 +574,11 @@ def run(cfg, rank, world, device, stop=lambda: False):
     buffers = list(disc.buffers()) if disc else []                                          # BatchNorm's statistics
     skipped = pair[1]["skipped"].to(device) if pair else torch.zeros(2, device=device)      # in all, in a row
     if pair:
-        for name, opt in opts.items():
-            opt.load_state_dict(pair[1][opt_keys[name]])
-            opt.param_groups[0]["lr"] = getattr(cfg, f"lr_{name}")      # a changed rate holds from here on
-        for key, average in filter(all, (("ema", ema), ("vae_ema", vae_ema))):
-            load_strict(average, pair[0].get(key) or pair[0]["vae"], f"{cfg.out}: its {key}")
+        with resuming():
+            for name, opt in opts.items():
+                load_optimizer(opt, pair[1][opt_keys[name]], f"{cfg.out}: its {opt_keys[name]}")
+            for key, average in filter(all, (("ema", ema), ("vae_ema", vae_ema))):
+                load_strict(average, pair[0].get(key) or pair[0]["vae"], f"{cfg.out}: its {key}")
         pair = None                                     # frees the memory
     vae_fast = vae
     if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):

@@ -25,6 +25,7 @@ Names of modules follow latent-diffusion's AutoencoderKL, so that published weig
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -42,7 +44,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
+
+@contextmanager
+def reading(path, kind, cure="replace it"):
+    """A damaged file may lead its reader anywhere: whatever that raises becomes one line that names the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"no file at {path}, expected a {kind}") from None
+    except Exception as error:
+        said = first_line(error)
+        if isinstance(error, ValueError) and str(path) in said:
+            raise                                               # it is such a line already
+        if isinstance(error, pickle.UnpicklingError):
+            said = "it holds more than weights, which is never loaded, or something else"
+        raise ValueError(f"{path} is damaged or no {kind} ({said}): {cure}") from error
+
+def first_line(error):
+    """What an exception says, in one line."""
+    said = " ".join(str(error).split())[:300]
+    return said if said and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {said}".strip()
 
 # ----------- Images. A data set has .classes (names), len(), and data[[i, j, ...]] -> (uint8 [B, 3, R, R], int64 [B]).
 
@@ -71,13 +94,12 @@ def center_crop(image, resolution):
 class Folder:
     """A tree FOLDER/class/image.jpg: classes are the sorted names of the folders. Or a folder of images: one class."""
     SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
     def __init__(self, path, resolution=0):
         path, self.files, self.labels = Path(path), [], []
         if not path.is_dir():
             raise ValueError(f"no data folder at {path}: expected a tree like {path}/dog/1.jpg, or use --data=tiny")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-        self.classes = folders or [path.absolute().name]
+        self.classes, self.resolution = folders or [path.absolute().name], resolution
         for label, name in enumerate(self.classes):
             folder = path / name if folders else path
             found = [str(folder / file) for file in sorted(os.listdir(folder)) if file.lower().endswith(self.SUFFIXES)]
@@ -86,19 +108,13 @@ class Folder:
                                  "name the folder whose subfolders are the classes (or that holds the images)")
             self.files += found
             self.labels += [label] * len(found)
-        self.resolution = resolution or (256 if folders else min(Image.open(self.files[0]).size))
-
+        self.resolution = resolution or (256 if folders else self.read(0, lambda image, _: min(image.size)))
     def __len__(self):
         return len(self.files)
-
-    def read(self, i):
+    def read(self, i, crop=center_crop):
         """-> image i, uint8 [3, R, R]."""
-        try:
-            with Image.open(self.files[i]) as image:
-                return center_crop(image, self.resolution)
-        except Exception as error:      # Pillow's decoders raise whatever a damaged file leads them to
-            raise ValueError(f"cannot read image {self.files[i]}: {first_line(error)}. Repair or remove it") from error
-
+        with reading(self.files[i], "image", "repair or remove it"), Image.open(self.files[i]) as image:
+            return crop(image, self.resolution)
     def __getitem__(self, indices):
         return torch.stack([self.read(i) for i in indices]), torch.tensor([self.labels[i] for i in indices])
 
@@ -107,16 +123,12 @@ class Shapes:
     The label is the shape; its position, size, rotation, colours and shading vary. Images 0..length-1 are for
     training; indices beyond are held-out data."""
     classes = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "heart", "moon", "arrow"]
-
     def __init__(self, resolution=32, length=50_000, first=0):
         self.resolution, self.length, self.first = resolution, length, first
-
     def __len__(self):
         return self.length
-
     def __getitem__(self, indices):
         return self.draw(indices)[:2]
-
     def draw(self, indices):
         """Indices -> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
         B, R = len(indices), self.resolution
@@ -127,7 +139,6 @@ class Shapes:
         n = (n ^ (n >> 27)) * 0x94D049BB133111EB
         u = torch.from_numpy(((n ^ (n >> 31)) >> 11) / 2**53).float()[:, :, None, None]
         label = (u[:, 0, 0, 0] * 10).long()
-
         # pixel coordinates in the frame of the shape, whose "radius" is 1: X, Y [B, R, R]
         size = 0.6 + 0.2 * u[:, 1]                                  # half-width in units of half an image: [B, 1, 1]
         shift = (u[:, 2:4] - 0.5) * 1.4 * (1 - size)[:, None]       # the shape stays inside the image
@@ -137,11 +148,9 @@ class Shapes:
         dx, dy = gx - shift[:, 0], gy - shift[:, 1]
         cos, sin = angle.cos(), angle.sin()
         X, Y = (cos * dx + sin * dy) / size, (cos * dy - sin * dx) / size
-
         # signed distance to the shape's edge, negative inside: [B, R, R], in units of the radius
         distance = self.distances(X, Y).gather(0, label[None, :, None, None].expand(1, B, R, R))[0]
         mask = (0.5 - distance * size * R / 2).clamp(0, 1)          # anti-aliased over one pixel
-
         # colours [B, 3, 1, 1]: a background gradient, and a shape that stands out from it, shaded the other way
         base, hue = u[:, 5:8] * 0.8 + 0.1, u[:, 8:11] * 0.8 + 0.1
         far = torch.where(base > 0.5, base - 0.45, base + 0.45)
@@ -151,15 +160,12 @@ class Shapes:
         back, front = base + slope * along, colour - slope * along / 2
         image = back + mask[:, None] * (front - back)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, mask
-
     @staticmethod
     def distances(X, Y):
         """Coordinates -> [10, B, R, R]: signed distances (approximate far from the edge) in the order of .classes."""
         r, ax = (X * X + Y * Y).sqrt(), X.abs()
-
         def box(x, y, w, h):
             return torch.maximum(x.abs() - w, y.abs() - h)
-
         def polygon(points):
             """Distance to a closed polygon: the nearest edge, the sign by counting crossings."""
             nearest, inside = torch.full_like(X, 1e9), torch.zeros_like(X, dtype=torch.bool)
@@ -170,7 +176,6 @@ class Shapes:
                 if y0 != y1:
                     inside ^= ((y0 > Y) != (y1 > Y)) & (X < ex * py / ey + x0)
             return torch.where(inside, -nearest, nearest)
-
         def spokes(radii):
             angles = [-math.pi / 2 + k * 2 * math.pi / len(radii) for k in range(len(radii))]
             return [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles)]
@@ -189,38 +194,38 @@ class Packed:
     Such are the files of `vae.py pack`, of sample.py, and ADM's references; the other arrays are in .held."""
     def __init__(self, path):
         self.path, self.shape = path, (0, 0, 0, 3)              # without arr_0: no images
-        try:
-            with np.load(path) as arrays, open(path, "rb") as file:
-                if "checksums" in arrays.files:                     # then each image has its own
-                    arrays.zip.filelist = [e for e in arrays.zip.filelist if e.filename != "arr_0.npy"]
-                if bad := arrays.zip.testzip():
-                    raise ValueError(f"the checksum of {bad} differs")
-                self.held = {name: arrays[name] for name in arrays.files if name != "arr_0"}
-                if "arr_0" in arrays.files:
-                    entry = arrays.zip.getinfo("arr_0.npy")
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        raise ValueError("arr_0 is compressed: write it with np.savez")
-                    file.seek(entry.header_offset + 26)             # a zip entry: 30 bytes, its name, extras, the array
-                    file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
-                    np.lib.format.read_magic(file)
-                    self.shape, columns, dtype = np.lib.format.read_array_header_1_0(file)
-                    if (dtype, *self.shape[1:]) != (np.uint8, *self.shape[1:2] * 2, 3) or columns:
-                        raise ValueError(f"arr_0 is {dtype} {list(self.shape)}, expected uint8 [N, R, R, 3] by rows")
-                    self.offset = file.tell()
+        with reading(path, ".npz of images"), zipfile.ZipFile(path) as arrays, open(path, "rb") as file:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in arrays.filelist}
+            if "checksums" in entries:                          # then each image has its own
+                arrays.filelist = [entry for name, entry in entries.items() if name != "arr_0"]
+            if bad := arrays.testzip():
+                raise ValueError(f"the checksum of {bad} differs")
+            images = entries.pop("arr_0", None)
+            self.held = {name: read_npy(arrays.read(entry)) for name, entry in entries.items()}
+            if images:
+                if images.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("arr_0 is compressed: write it with np.savez")
+                file.seek(images.header_offset + 26)            # a zip entry: 30 bytes, its name, extras, the array
+                file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
+                self.shape, columns, dtype = npy_header(file)
+                self.offset = file.tell()
+                if (dtype, *self.shape[1:]) != (np.uint8, *self.shape[1:2] * 2, 3) or columns:
+                    raise ValueError(f"arr_0 is {dtype} {list(self.shape)}, expected uint8 [N, R, R, 3] by rows")
+                if self.offset + math.prod(self.shape) > os.path.getsize(path):
+                    raise ValueError(f"arr_0 claims {list(self.shape)}, more than the file holds")
             labels = self.held.get("arr_1", np.zeros(self.shape[0], np.int64))
             top = min(int(labels.max(initial=0)), 2**20)
-            self.classes = [str(name) for name in self.held.get("classes", range(top + 1))]
-            if labels.shape != self.shape[:1] or labels.min(initial=0) < -1 or top >= len(self.classes):
-                raise ValueError(f"arr_1 {list(labels.shape)} are no labels of {self.shape[0]} images in "
-                                 f"{len(self.classes)} classes")
-        except Exception as error:          # a damaged file may lead its reader anywhere
-            raise ValueError(f"{path} is no .npz of images ({first_line(error)})") from None
+            names, sums = self.held.get("classes", np.arange(top + 1).astype(str)), self.held.get("checksums", labels)
+            whole = all(array.dtype.kind in "iu" and array.shape == self.shape[:1] for array in (labels, sums))
+            named = names.dtype.kind == "U" and names.ndim == 1 and top < len(names)
+            if not whole or not named or labels.min(initial=0) < -1:
+                raise ValueError(f"arr_1 {list(labels.shape)} are no labels of {self.shape[0]} images in {names.size} "
+                                 "classes")
+            self.classes = names.tolist()
         self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
-
     def __len__(self):
         return len(self.rows)
-
     def __getitem__(self, indices):
         rows = self.rows[list(indices)]
         images = np.memmap(self.path, np.uint8, "r", self.offset, self.shape)[rows]
@@ -228,6 +233,16 @@ class Packed:
             if zlib.crc32(image) != self.held["checksums"][row]:
                 raise ValueError(f"{self.path}: image {row} is damaged (its checksum differs): pack the folder again")
         return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[list(indices)]
+
+def npy_header(file):
+    """-> shape, order (by columns?), dtype of an .npy, whose data begin where the file is then."""
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
+
+def read_npy(raw):
+    """The bytes of an .npy -> array. What its header claims must be there: it allocates nothing."""
+    shape, columns, dtype = npy_header(file := io.BytesIO(raw))
+    return np.frombuffer(bytearray(raw), dtype, offset=file.tell()).reshape(shape, order="F" if columns else "C")
 
 def write_npz(path, shape, images, **arrays):
     """Images uint8 [3, R, R], N of them in turn, to an .npz in ADM's layout: arr_0 of this shape (N, R, R, 3), never
@@ -252,13 +267,11 @@ def pack(folder: str, out: str, resolution: int = 256):
     shape = (len(data), data.resolution, data.resolution, 3)
     if not out.endswith(".npz"):
         raise ValueError(f"{out}: the name of a pack ends in .npz")
-
     def read(i):
         try:
             return data.read(i), None
         except ValueError as error:
             return torch.zeros(3, *shape[1:3], dtype=torch.uint8), error
-
     def images():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in tqdm(range(0, len(data), 512), "packing", unit_scale=512):
@@ -309,8 +322,7 @@ def principal_colours(z, side):
     rgb = ((rgb - low) / (high - low) * 2 - 1).view(len(z), *z.shape[2:], 3).permute(0, 3, 1, 2)
     return to_uint8(F.interpolate(rgb, (side, side), mode="nearest"))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The autoencoder (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", appendix G).
+# ----------- The autoencoder (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", app. G).
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -323,7 +335,6 @@ class VAEConfig:
     quant_conv: bool = True         # 1x1 convs around the latents
     patch: int = 1                  # > 1: pixel-unshuffle before the encoder, shuffle after the decoder (tiny)
     sigma: float = 0.0              # > 0: fixed posterior std, only the mean is learnt (LatentLM's sigma-VAE)
-
     @property
     def downsampling(self):
         return self.patch * 2 ** (len(self.ch_mult) - 1)
@@ -342,7 +353,6 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
@@ -354,7 +364,6 @@ class Attention(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
-
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))    # [B, 1, hw, c]
@@ -382,7 +391,6 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
-
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
@@ -402,7 +410,6 @@ class Encoder(nn.Module):
         self.mid = middle(widths[-1], cfg.groups)
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
-
     def forward(self, x):
         h = self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)     # [B, ch, R/patch, R/patch]
         for level in self.down:
@@ -423,7 +430,6 @@ class Decoder(nn.Module):
             self.up[i].upsample = upsample(c_out) if i > 0 else nn.Identity()
         self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch**2, 3, padding=1)
-
     def forward(self, z):
         h = self.mid(self.conv_in(z))                                                   # [B, ch * ch_mult[-1], h, w]
         for level in reversed(self.up):
@@ -440,7 +446,6 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if cfg.quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(C, C, 1) if cfg.quant_conv else nn.Identity()
         self.initialise()
-
     def initialise(self):
         """For a VAE from scratch: convs keep the variance, blocks start as shortcuts, the posterior's std at exp(-2).
         So pixels come through the latents' noise from the first step; PyTorch's init shrinks them in each conv."""
@@ -454,23 +459,19 @@ class VAE(nn.Module):
         with torch.no_grad():
             moments.weight[self.cfg.z_channels :] *= 0.1
             moments.bias[self.cfg.z_channels :] = -4.0
-
     def encode(self, x):
         """float [B, 3, R, R] in [-1, 1] -> posterior mean, logvar, float32 [B, C, h, w]. The mean is also its mode."""
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, dim=1)
         if self.cfg.sigma > 0:
             logvar = torch.full_like(mean, 2 * math.log(self.cfg.sigma))
         return mean, logvar.clamp(-30, 20)
-
     @staticmethod
     def sample(mean, logvar, noise):
         """z = mean + std * noise, [B, C, h, w]."""
         return mean + (0.5 * logvar).exp() * noise
-
     def decode(self, z):
         """latents [B, C, h, w] -> float [B, 3, R, R], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
-
     def forward(self, x, noise):
         """float x, noise [B, C, h, w] -> z, reconstruction, mean, logvar."""
         mean, logvar = self.encode(x)
@@ -481,7 +482,6 @@ class Discriminator(nn.Module):
     """PatchGAN with three strided layers (Isola et al., pix2pix): float [B, 3, R, R] -> logits, one per patch."""
     def __init__(self, ch=64):
         super().__init__()
-
         def layer(c_in, c_out, stride):
             conv, norm = nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out)
             nn.init.normal_(norm.weight, 1.0, 0.02)
@@ -494,7 +494,6 @@ class Discriminator(nn.Module):
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
-
     def forward(self, x):
         return self.main(x)
 
@@ -527,21 +526,16 @@ class Perceptual(nn.Module):
     def __init__(self, legacy_range=False):
         super().__init__()
         import lpips  # here, because `tiny` runs and most tests need neither it nor its scipy
-        try:
+        with reading(f"{torch.hub.get_dir()}/checkpoints/vgg16-397923af.pth", "VGG16 for LPIPS",
+                     "put torchvision's file there, or switch the loss off with --lpips=0"):
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"no VGG16 weights for LPIPS ({first_line(error)}): put torchvision's vgg16-397923af.pth "
-                             f"into {torch.hub.get_dir()}/checkpoints, or switch the loss off with --lpips=0") from None
         self.legacy_range = legacy_range
-
     def train(self, mode=True):
         return super().train(False)  # the package's dropout never runs
-
     def features(self, x):
         """Five VGG feature maps, each position scaled to unit length (no NaN gradient where a position is all zero)."""
         maps = self.net.net(self.net.scaling_layer(2 * x - 1 if self.legacy_range else x))
         return [f / (f.square().sum(1, keepdim=True) + 1e-20).sqrt() for f in maps]
-
     def forward(self, x, rec):
         with torch.no_grad():
             target = self.features(x)
@@ -592,58 +586,52 @@ def find_checkpoint(name):
         raise ValueError(f"{path} holds no checkpoint (step_0000000.pt): name a run's folder or a file")
     return max(steps, key=lambda p: int(p.stem.removeprefix("step_"))) if steps else weights[0]
 
-def first_line(error):
-    """What an exception says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
 def read_weights(path):
-    """A .pt file -> its content (tensors, numbers, dicts), mapped into memory. ValueError in one line if it is none."""
-    try:
+    """A .pt file -> its content (tensors, numbers, dicts), mapped into memory."""
+    with reading(path, "PyTorch file"), torch.serialization.safe_globals([argparse.Namespace]):     # the authors' args
         zipped = zipfile.is_zipfile(path)
         if zipped and (bad := zipfile.ZipFile(path).testzip()):         # torch.load looks at no checksum
             raise ValueError(f"the checksum of {bad} differs")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' checkpoints carry their arguments
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError:
-        raise ValueError(f"no file at {path}") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is no file of weights (or holds more than weights, which is never loaded)") from None
-    except Exception as error:              # a damaged file may lead its reader anywhere
-        raise ValueError(f"{path} is damaged or no PyTorch file: {first_line(error)}") from None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        for value in tree_leaves(content):
+            if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims {list(value.shape)}, more than the file holds")
+        return content
 
 def read_json(path):
-    try:
+    with reading(path, "JSON file"):
         return dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no JSON file: {first_line(error)}") from None
+
+def misfits(own, state):
+    """A line for each tensor of own that has another shape or kind (float, int, bool, complex) in the state dict."""
+    def form(value):
+        if not isinstance(value, torch.Tensor):
+            return type(value).__name__
+        return f"{re.sub('bfloat|[0-9]', '', str(value.dtype)[6:]) or 'float'}{tuple(value.shape)}"
+    return [f"{key} is {form(state[key])}, expected {form(value)}" for key, value in own.items()
+            if key in state and form(state[key]) != form(value)]
 
 def load_strict(module, state, what):
     """load_state_dict that names the first missing, unexpected and misshapen keys in one line."""
-    def shape(value):
-        return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     own = module.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [f"{k} is {shape(state[k])}, expected {shape(v)}" for k, v in own.items()
-             if k in state and shape(state[k]) != shape(v)]
     problems = [f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                for kind, keys in (("missing", missing), ("unexpected", extra), ("misshapen", wrong)) if keys]
+                for kind, keys in (("missing", missing), ("unexpected", extra), ("misshapen", misfits(own, state)))
+                if keys]
     if problems:
         raise ValueError(f"{what} does not fit: {'; '.join(problems)}")
     module.load_state_dict(state)
     return module
 
-def guess_config(state, path="the file"):
+def guess_config(state):
     """The architecture of a VAE with latent-diffusion's names, read off its shapes (GroupNorm: 32 groups)."""
-    try:
-        ch = state["encoder.conv_in.weight"].shape[0]
-        levels, blocks = (sum(bool(re.fullmatch(rf"encoder\.down\.{place}\.conv1\.weight", key)) for key in state)
-                          for place in (r"\d+\.block\.0", r"0\.block\.\d+"))
-        mult = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels))
-        return VAEConfig(state["decoder.conv_in.weight"].shape[1], ch, mult, blocks,
-                         attn_last=f"encoder.down.{levels - 1}.attn.0.q.weight" in state,
-                         quant_conv="quant_conv.weight" in state)
-    except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} holds no VAE with latent-diffusion's or diffusers' names: no {error}") from None
+    ch = state["encoder.conv_in.weight"].shape[0]
+    levels, blocks = (sum(bool(re.fullmatch(rf"encoder\.down\.{place}\.conv1\.weight", key)) for key in state)
+                      for place in (r"\d+\.block\.0", r"0\.block\.\d+"))
+    mult = tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // ch for i in range(levels))
+    return VAEConfig(state["decoder.conv_in.weight"].shape[1], ch, mult, blocks,
+                     attn_last=f"encoder.down.{levels - 1}.attn.0.q.weight" in state,
+                     quant_conv="quant_conv.weight" in state)
 
 def config_from_dict(cls, values):
     """A dataclass from a checkpoint's dict (lists back to tuples, unknown keys refused)."""
@@ -661,30 +649,29 @@ def load_vae(name):
         return VAE(VAES[name]), None, None
     path, stats, disc = find_checkpoint(name), None, None
     file = read_safetensors(path) if path.suffix == ".safetensors" else read_weights(path)
-    state = file.get("vae_ema") or file.get("vae", file.get("state_dict", file)) if isinstance(file, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, not a VAE's weights")
-    if "vae" in file:                                                   # a checkpoint with all networks
-        cfg = config_from_dict(VAEConfig, file["vae_config"]) if "vae_config" in file else guess_config(state, path)
-        ema, disc = file.get("ema") or {}, file.get("discriminator")
-        stats = (ema["bn.running_mean"], ema["bn.running_var"]) if "bn.running_mean" in ema else None
-    elif "encoder.conv_norm_out.weight" in state:
-        cfg, state, stats = from_diffusers(path, state)
-    else:
-        cfg, stem = guess_config(state, path), str(path).removesuffix(".pt")
-        state = {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}   # SD's own
-        if os.path.exists(f"{stem}-latents-stats.pt"):                  # scale = 1 / std, bias = mean, [1, C, 1, 1]
-            saved = read_weights(f"{stem}-latents-stats.pt")
-            if not isinstance(saved, dict) or not {"latents_scale", "latents_bias"} <= saved.keys():
-                raise ValueError(f"{stem}-latents-stats.pt lacks latents_scale and latents_bias")
-            stats = saved["latents_bias"].flatten().float(), saved["latents_scale"].flatten().double().pow(-2).float()
-        if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
-            disc = read_weights(f"{stem}-discriminator-ckpt.pt")
-            if not isinstance(disc, dict) or "main.0.weight" not in disc:
-                raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
-    if stats and {len(stats[0]), len(stats[1])} != {cfg.z_channels}:
-        raise ValueError(f"{path}: statistics of {len(stats[0])} channels beside a VAE of {cfg.z_channels}")
-    return load_strict(VAE(cfg), state, str(path)), stats, disc
+    with reading(path, "VAE with latent-diffusion's or diffusers' names"):
+        state = file.get("vae_ema") or file.get("vae", file.get("state_dict", file))
+        if "vae" in file:                                               # a checkpoint with all networks
+            cfg = config_from_dict(VAEConfig, file["vae_config"]) if "vae_config" in file else guess_config(state)
+            ema, disc = file.get("ema") or {}, file.get("discriminator")
+            stats = (ema["bn.running_mean"], ema["bn.running_var"]) if "bn.running_mean" in ema else None
+        elif "encoder.conv_norm_out.weight" in state:
+            cfg, state, stats = from_diffusers(path, state)
+        else:
+            cfg, stem = guess_config(state), str(path).removesuffix(".pt")
+            state = {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}  # SD's
+            if os.path.exists(f"{stem}-latents-stats.pt"):              # scale = 1 / std, bias = mean, [1, C, 1, 1]
+                saved = read_weights(f"{stem}-latents-stats.pt")
+                mean, scale = saved["latents_bias"].flatten(), saved["latents_scale"].flatten()
+                stats = mean, scale.double().pow(-2).float() if scale.is_floating_point() else scale
+            if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
+                disc = read_weights(f"{stem}-discriminator-ckpt.pt")
+                if not isinstance(disc, dict) or "main.0.weight" not in disc:
+                    raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
+        names = "mean of its latents", "variance of its latents"
+        if stats and (wrong := misfits(dict.fromkeys(names, torch.zeros(cfg.z_channels)), dict(zip(names, stats)))):
+            raise ValueError(f"{path}: the {wrong[0]}")
+        return load_strict(VAE(cfg), state, str(path)), stats, disc
 
 # -------------------------------------------- diffusers' AutoencoderKL, both ways: the same network under other names.
 
@@ -708,7 +695,7 @@ def from_diffusers(path, theirs):
     levels = 1 + max(int(found[1]) for key in theirs if (found := re.match(r"encoder\.down_blocks\.(\d+)", key)))
     state = {rename(key, levels, False): value.float() for key, value in theirs.items()}
     state = {key: value[..., None, None] if value.dim() == 2 else value for key, value in state.items()}  # Linear: 1x1
-    cfg, file = guess_config(state, path), path.parent / "config.json"
+    cfg, file = guess_config(state), path.parent / "config.json"
     if not file.exists():
         return cfg, state, None
     config = read_json(file)
@@ -751,15 +738,12 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 def read_safetensors(path):
     """8 bytes (the length of the header), the header in JSON, raw bytes -> dict of tensors."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header, raw = json.loads(file.read(min(size, 10**8))), bytearray(file.read())
+    with reading(path, ".safetensors"), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header, raw = json.loads(file.read(min(size, 10**8))), bytearray(file.read())
         header.pop("__metadata__", None)
         return {name: torch.frombuffer(raw[slice(*entry["data_offsets"])], dtype=SAFETENSORS[entry["dtype"]])
                 .view(entry["shape"]) for name, entry in header.items()}
-    except Exception as error:              # a damaged file may lead its reader anywhere
-        raise ValueError(f"cannot read {path} as .safetensors: {first_line(error)}") from None
 
 def write_safetensors(path, tensors):
     """Dict of tensors -> file, in float32."""
@@ -774,9 +758,8 @@ def write_safetensors(path, tensors):
         for value in tensors.values():
             file.write(value.float().contiguous().numpy().tobytes())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A cache of latents for runs with a frozen VAE, a folder: latents.npy float16 [N, 2, C, h, w], mean and std of each
-# image's posterior; checksums.npy [N], 0 where there are none yet; cache.json, what VAE and data these belong to.
+# ---- A cache of latents for runs with a frozen VAE, a folder: latents.npy float16 [N, 2, C, h, w], mean and std of
+# each image's posterior; checksums.npy [N], 0 where there are none yet; cache.json, what VAE and data these belong to.
 
 def identity(data, vae=None):
     """Hashes of what a cache belongs to: the data's classes, labels and size (a folder and its pack agree); the VAE."""
@@ -787,29 +770,39 @@ def identity(data, vae=None):
     return {"VAE": weights.hexdigest(), "data": labels.hexdigest()}
 
 def shared_array(path, dtype, shape):
-    """A memory-mapped .npy, of zeros where nothing was written; many processes may open it at once."""
+    """A memory-mapped .npy, of zeros where nothing was written; many processes may open it at once. The disk gives its
+    blocks now: to write to a mapped file when the disk is full would be a bus error."""
     path.touch()
     with open(path, "r+b") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-        file.truncate(file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
+        size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+        try:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise ValueError(f"no room for {path}, {size / 1e9:.2f} GB ({error.strerror}): free some") from None
     return np.lib.format.open_memmap(path, "r+")
 
 @torch.no_grad()
 def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int = 64):
     """Makes the cache, in float32; torchrun's processes share the images. The same command goes on after a kill."""
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    vae, folder = load_vae(checkpoint)[0], Path(out)
-    images = open_for(vae, data, resolution)
-    N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(images, vae)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "cache.json").exists():
-        (folder / f"cache.json.{rank}").write_text(json.dumps(about))
-        (folder / f"cache.json.{rank}").replace(folder / "cache.json")
-    if read_json(folder / "cache.json") != about:
-        raise ValueError(f"{out} is a cache of another VAE or of other data: name another folder, or remove it")
-    latents = shared_array(folder / "latents.npy", "<f2", (N, 2, vae.cfg.z_channels, side, side))
-    checksums = shared_array(folder / "checksums.npy", "<u4", (N,))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    from sample import rank0_first, start
+    rank, world, device = start()
+    if checkpoint in VAES:
+        raise ValueError(f"{checkpoint} has random weights, other ones in each process and run: name a trained VAE")
+    with rank0_first():
+        vae, folder = load_vae(checkpoint)[0], Path(out)
+        images = open_for(vae, data, resolution)
+        N, side, about = len(images), images.resolution // vae.cfg.downsampling, identity(images, vae)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "cache.json").exists():
+            (folder / f"cache.json.{rank}").write_text(json.dumps(about))
+            (folder / f"cache.json.{rank}").replace(folder / "cache.json")
+        if read_json(folder / "cache.json") != about:
+            raise ValueError(f"{out} is a cache of another VAE or of other data: name another folder, or remove it")
+        latents = shared_array(folder / "latents.npy", "<f2", (N, 2, vae.cfg.z_channels, side, side))
+        checksums = shared_array(folder / "checksums.npy", "<u4", (N,))
     vae.to(device, memory_format=torch.channels_last).eval()
     todo = [i for i in range(rank * N // world, (rank + 1) * N // world) if not checksums[i]]
     todo = [todo[i : i + batch] for i in range(0, len(todo), batch)]
@@ -828,19 +821,19 @@ class Cached:
         self.data, self.path = data, Path(folder) / "latents.npy"
         self.labels = None if images or not hasattr(data, "labels") else torch.as_tensor(data.labels)
         about = read_json(self.path.parent / "cache.json")
-        try:
-            self.checksums, _ = (np.load(self.path.with_stem(name), mmap_mode="r") for name in ("checksums", "latents"))
-        except Exception as error:
-            raise ValueError(f"{folder} is no cache of vae.py encode ({first_line(error)})") from None
         for what, own in identity(data, vae).items():
             if about.get(what) != own:
                 raise ValueError(f"{folder} is the cache of another {what}: make one by vae.py encode")
+        with reading(folder, "cache of vae.py encode", "remove it and encode again"):
+            self.checksums, rows = (np.load(self.path.with_stem(n), mmap_mode="r") for n in ("checksums", "latents"))
+            side = data.resolution // vae.cfg.downsampling
+            form = np.float16, (len(self.checksums), 2, vae.cfg.z_channels, side, side), np.uint32, 1
+            if (rows.dtype, rows.shape, self.checksums.dtype, self.checksums.ndim) != form:
+                raise ValueError(f"latents.npy holds {rows.dtype} {list(rows.shape)}, expected {list(form[1])}")
         if len(self.checksums) != len(data) or not self.checksums.all():
             raise ValueError(f"{folder} is not complete: run the same vae.py encode again")
-
     def __len__(self):
         return len(self.data)
-
     def __getitem__(self, indices):
         moments = np.load(self.path, mmap_mode="r")[list(indices)]
         for i, row in zip(indices, moments):

@@ -6,7 +6,7 @@
     python tests/endurance.py soak --steps=2000     # memory, open files and processes of a long run
 
 Each runs train.py in new processes, prints a table, then what was wrong, and ends with code 1 if anything was.
---seed=N draws other moments. tests/test_endurance.py runs a small sample of the first two.
+--seed=N draws other moments. tests/test_endurance.py runs a small sample of each.
 """
 import io
 import json
@@ -256,12 +256,13 @@ def worlds(root, seed: int = 0, tolerance: float = 1e-4):
         f"largest relative difference, steps {n + 1} to {n + 4}": f"{e:.1e} ({key})" for n, (e, key) in worst.items()})
     return table
 
-def deadrank(root, seed: int = 0, bound: float = 15.0):
+def deadrank(root, seed: int = 0, bound: float = 15.0, steps: int = 24):
     """SIGKILL for one of two ranks: all end soon, torchrun names it, and its restart ends like an undisturbed run."""
-    rng, table, run = random.Random(seed), Table(), root / "run"
-    two = content(Life(root / "whole", ranks=2).finish().out)
-    for restarts, step in ((0, rng.randint(4, 9)), (1, rng.randint(13, 18))):       # the second goes on from the first
-        life, rank = Life(run, ranks=2, restarts=restarts), rng.randint(0, 1)
+    rng, table, run, words = random.Random(seed), Table(), root / "run", f"--steps={steps}"
+    two = content(Life(root / "whole", words, ranks=2).finish().out)
+    moments = (0, rng.randint(4, steps // 3 + 1)), (1, rng.randint(steps // 2 + 2, steps * 3 // 4))
+    for restarts, step in moments:                                                  # the second goes on from the first
+        life, rank = Life(run, words, ranks=2, restarts=restarts), rng.randint(0, 1)
         life.until(lambda: any(line.get("step", 0) >= step for line in lines(run)))
         ranks = {int(env["RANK"]): pid for pid, env in life.living().items() if "RANK" in env}
         os.kill(ranks[rank], signal.SIGKILL)
@@ -275,10 +276,13 @@ def deadrank(root, seed: int = 0, bound: float = 15.0):
         table.expect(took < bound, f"{what}: the other was there for {took:.0f} s")
         table.expect(bool(code) != bool(restarts), f"{what}: torchrun ended with code {code}")
         table.expect(names, f"{what}: the output does not name it: {life.log.read_text()[-2000:]}")
+        errors = [line for line in life.log.read_text().splitlines() if line.startswith("error")]
+        table.expect(len(errors) <= 1 and all("another process is gone" in line for line in errors), f"{what}: {errors}")
+        table.expect("RuntimeError" not in life.log.read_text(), f"{what}: a traceback of the other")
         table[what] = f"the rest gone after {took:.1f} s (bound {bound:.0f}), code {code}"
     begun, ours = starts(run), content(run)
     table.expect(len(begun) == 3 and begun == sorted({*begun}), f"started at steps {begun}")
-    table.expect(f"--steps={newest(run)}" in SMALL, f"ended at step {newest(run)}")
+    table.expect(newest(run) == steps, f"ended at step {newest(run)}")
     for where in differences(two, ours):
         table.expect(False, f"differs in {where}")
     table.update({"started at steps": begun, "ended at step": newest(run), "tensors and settings compared": len(two)})

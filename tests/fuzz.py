@@ -9,6 +9,7 @@ others' raw files may ("differs"): nothing in an image, a .safetensors or a .jso
 """
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -26,7 +27,6 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,8 @@ def make(root):
     np.savez(root / "reference/statistics.npz", mu=stats["mu"], sigma=stats["sigma"])
     torch.save(net.state_dict(), root / "inception/inception.pth")
     (root / "hub/checkpoints").mkdir()
-    shutil.copy(root / "inception/inception.pth", root / "hub/checkpoints" / os.path.basename(E.INCEPTION_URL))
+    digest = hashlib.sha256((root / "inception/inception.pth").read_bytes()).hexdigest()
+    shutil.copy(root / "inception/inception.pth", root / f"hub/checkpoints/pt_inception-{digest[:8]}.pth")
     torch.hub.set_dir(str(root / "hub"))
     R.trained_once("tiny-teacher", R.TinyTeacher, 0, V.Shapes(32).draw, lambda net: 0.5)
     torch.save({**nn.Linear(64, 64).state_dict(), "pos_embed": torch.zeros(1, 5, 8)}, root / "hub/dinov2.pth")
@@ -142,10 +143,11 @@ def begun(folder):
     return train.build(config(folder, folder / "vae.pt"), V.Shapes(32), None, 1, torch.device("cpu"))
 
 def resumed(folder):
-    cfg = config(folder, "")
-    pair = train.load_pair(cfg, 0)
-    train.run(cfg, 0, 1, torch.device("cpu"))           # all its steps are done: it loads everything and ends
-    return pair
+    """One step more, and what that saves: a wrong bit in anything that is restored would be in it."""
+    cfg = dataclasses.replace(config(folder, ""), steps=2, keep=9)
+    train.run(cfg, 0, 1, torch.device("cpu"))
+    return [[value for key, value in torch.load(folder / f"step_0000002{half}.pt", weights_only=True).items()
+             if key != "config"] for half in ("", ".resume")]
 
 def initialised(folder):
     sit = T.SiT(T.SiTConfig(2, 32, 2, 4, 4, 16, 10, (), 1, 16))
@@ -157,7 +159,7 @@ def initialised(folder):
 
 def played(path, vae=""):
     model = S.load_model(path, vae=vae)
-    return model.vae, model.sit, asdict(model.sit.cfg), model.classes, model.config, model.step
+    return model.vae, model.sit, dataclasses.asdict(model.sit.cfg), model.classes, model.config, model.step
 
 def references(folder):
     torch.manual_seed(0)
@@ -168,6 +170,7 @@ def references(folder):
 def hub(read):
     def read_from(folder):
         torch.hub.set_dir(str(folder))
+        E.INCEPTION_URL = f"http://localhost:9/{next(folder.glob('checkpoints/pt_*')).name}"     # named by its hash
         return read(folder)
     return read_from
 
@@ -187,7 +190,8 @@ READERS = {             # name: its folder, the files that are damaged, whether 
     "discriminator": ("vae", "*disc*.pt", True, begun),
     "diffusers": ("diffusers", "*", False, lambda folder: V.load_vae(str(folder))),
     "checkpoint": ("run", "*001.pt", True, lambda folder: played(folder)),
-    "checkpoint's VAE": ("run", "*001.pt", True, lambda folder: V.load_vae(str(folder))),
+    # of load_vae's three values the discriminator is as it is in the file, and checked by the networks that load it
+    "checkpoint's VAE": ("run", "*001.pt", True, lambda folder: V.load_vae(str(folder))[:2]),
     "--init": ("run", "*001.pt", True, initialised),
     "resume": ("run", "step*.pt", True, resumed),
     "joint checkpoint": ("joint", "*", True, lambda folder: played(folder / "7.pt")),
@@ -404,9 +408,9 @@ def judge(root, seed, case, good, loud=False):
         if loud:
             traceback.print_exc()
         text, named = f"{type(error).__name__}: {error}", path.name in str(error) or str(folder) in str(error)
-        big = isinstance(error, MemoryError) or "can't allocate" in text
+        big = isinstance(error, MemoryError) or "can't allocate" in text or "Unable to allocate" in text
         refused = isinstance(error, (ValueError, OSError)) and "\n" not in text and named
-        outcome = "refused" if refused else "big allocation" if big else "traceback"
+        outcome = "big allocation" if big else "refused" if refused else "traceback"
     signal.alarm(0)
     return path.name, "executed" if (root / "executed").exists() else outcome, text
 
@@ -443,10 +447,10 @@ def fuzz(cases, seed):
                 process = context.Process(target=child, args=(other, root, seed))
                 process.start()
                 other.close()
-            found = "?", "hang", f"over {3 * SECONDS} s"
+            found = "?", "hang", f"over {10 * SECONDS} s"
             try:
                 pipe.send(case)
-                if pipe.poll(3 * SECONDS):
+                if pipe.poll(10 * SECONDS):        # a new child imports first
                     found = pipe.recv()
             except (EOFError, ConnectionError):
                 process.join()

@@ -1,4 +1,4 @@
-"""A small sample of tests/endurance.py, which holds the long runs: kills, and ranks that come and go.
+"""A small sample of tests/endurance.py, which holds the long runs: kills, dead ranks, other numbers of ranks, leaks.
 
     python -m pytest tests/test_endurance.py
 """
@@ -20,3 +20,19 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
 def test_the_number_of_ranks_may_change_between_resumes(tmp_path):
     """1 -> 2 -> 1 ranks see the images of one rank in its order, with its losses."""
     assert not endurance.worlds(tmp_path).wrong
+
+
+def test_a_dead_rank(tmp_path):
+    """SIGKILL for one of two ranks: the other ends soon, torchrun names the dead one, and its restart ends as if nothing
+    had been."""
+    table = endurance.deadrank(tmp_path, steps=12)
+    assert not table.wrong
+    assert table["ended at step"] == 12 and table["tensors and settings compared"] > 900
+
+
+def test_no_leaks_in_a_short_run(tmp_path):
+    """Open files stay as many, data workers too; nothing is left after the end, nor after a kill. (Memory needs a longer
+    run: endurance.py soak.)"""
+    table = endurance.soak(tmp_path, steps=80)
+    assert not table.wrong
+    assert table["workers"] == [2] and len({*table["files always open, in each quarter"][1:]}) == 1

@@ -2,8 +2,10 @@
 
     python -m pytest tests/test_files.py
 """
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,12 +39,13 @@ def one_line(error, *words):
     assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
 
 
-def command(*words, **env):
-    return [sys.executable, str(HERE / "vae.py"), *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1", **env}
+def command(*words, ranks=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *torchrun, str(HERE / "vae.py"), *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(*words, **env):
-    line, env = command(*words, **env)
+def run(*words, ranks=0):
+    line, env = command(*words, ranks=ranks)
     return subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
 
 
@@ -296,16 +299,15 @@ def cache_bytes(folder):
 
 
 def test_cache_equals_encoding(tree, vae_file, tmp_path):
-    """Two processes, without a process group, write what one writes; rows are the posterior's moments in float16."""
-    assert run("encode", vae_file, tree / "good", tmp_path / "one", "--resolution=32", "--batch=16").returncode == 0
-    for rank in (1, 0):
-        done = run("encode", vae_file, tree / "good", tmp_path / "two", "--resolution=32", "--batch=16",
-                   RANK=str(rank), WORLD_SIZE="2")
-        assert done.returncode == 0, done.stderr
-        if rank == 1:                       # half a cache is not used
-            with pytest.raises(ValueError, match="not complete"):
-                V.Cached(V.Folder(tree / "good", 32), tmp_path / "two", small_vae())
+    """Two processes write what one writes; rows are the posterior's moments in float16; half a cache is not used."""
+    words = ("encode", vae_file, tree / "good", tmp_path / "two", "--resolution=32", "--batch=16")
+    assert run(*words[:3], tmp_path / "one", *words[4:]).returncode == 0
+    assert (done := run(*words, ranks=2)).returncode == 0, done.stderr
     vae, data = small_vae(), V.Folder(tree / "good", 32)
+    shutil.copytree(tmp_path / "two", tmp_path / "half")
+    np.load(tmp_path / "half/checksums.npy", mmap_mode="r+")[:45] = 0
+    with pytest.raises(ValueError, match="not complete"):
+        V.Cached(data, tmp_path / "half", vae)
     one, two = (V.Cached(data, tmp_path / name, vae) for name in ("one", "two"))
     rows = [7, 80, 7]
     images, labels, moments = one[rows]
@@ -318,6 +320,39 @@ def test_cache_equals_encoding(tree, vae_file, tmp_path):
     assert torch.allclose(two[range(90)][2].float(), one[range(90)][2].float(), rtol=2e-3, atol=1e-4)   # other batches
     images, labels, moments = V.Cached(data, tmp_path / "one", vae, images=False)[rows]
     assert images.numel() == 0 and torch.equal(labels, data[rows][1]) and len(moments) == 3
+
+
+def test_encode_on_two_ranks_fails_in_one_line(tree, vae_file, tmp_path):
+    """Whichever rank it is that finds something wrong says so, alone; random weights, which differ, are refused."""
+    packed = tmp_path / "pack.npz"
+    V.pack(str(tree / "good"), str(packed), 32)
+    raw, start = bytearray(packed.read_bytes()), V.Packed(str(packed)).offset
+    raw[start + 80 * 32 * 32 * 3] ^= 1                              # an image of the second rank's half
+    packed.write_bytes(raw)
+    for words, message in (((vae_file, packed), r"error \(process 1\): .*image 80 is damaged"),
+                           (("tiny", tree / "good"), "tiny has random weights.*: name a trained VAE")):
+        done = run("encode", *words, tmp_path / "cache", "--resolution=32", ranks=2)
+        said = re.findall(r"error(?: .process \d.)?: .*", done.stderr)          # maybe behind a progress bar
+        assert done.returncode and len(said) == 1 and re.search(message, said[0]), done.stderr
+    done = run("encode", "f8d4", tree / "good", tmp_path / "new")
+    assert done.returncode == 2 and "random weights" in done.stderr and not (tmp_path / "new").exists(), done.stderr
+
+
+def test_full_disk_while_encoding(tree, vae_file, tmp_path, monkeypatch):
+    """The cache's blocks are on the disk before anything is mapped, where a full disk would kill the process by a bus
+    error; one that has no room for them is one line."""
+    V.encode(str(vae_file), str(tree / "good"), str(tmp_path / "cache"), 32)
+    size, blocks = (tmp_path / "cache/latents.npy").stat().st_size, (tmp_path / "cache/latents.npy").stat().st_blocks
+    assert 512 * blocks >= size
+    V.shared_array(tmp_path / "empty.npy", "<f2", (1000, 1000))
+    assert 512 * (tmp_path / "empty.npy").stat().st_blocks >= 2 * 10**6          # not a hole
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(V.os, "posix_fallocate", full)
+    with pytest.raises(ValueError) as caught:
+        V.encode(str(vae_file), str(tree / "good"), str(tmp_path / "other"), 32)
+    one_line(caught, tmp_path / "other/latents.npy", "No space left on device", "GB")
 
 
 def test_cache_killed(tree, vae_file, tmp_path):
@@ -373,7 +408,7 @@ def test_wrong_caches(tree, vae_file, tmp_path):
         with pytest.raises(ValueError) as caught:
             V.Cached(data, folder, vae)
         one_line(caught, folder)
-    with pytest.raises(ValueError, match="nothing/cache.json is no JSON"):
+    with pytest.raises(ValueError, match="no file at .*nothing/cache.json"):
         V.Cached(data, tmp_path / "nothing", vae)
 
 

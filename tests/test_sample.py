@@ -237,7 +237,7 @@ def test_damaged_checkpoints(tmp_path):
     name = "blocks.1.mlp.fc1.bias"
     for wrong, message in (({key: state[key] for key in state if key != name}, f"1 missing .{name}"),
                            (state | {"blocks.1.mlp.fc3.bias": torch.zeros(1)}, "1 unexpected .blocks.1.mlp.fc3"),
-                           (state | {name: torch.zeros(9)}, f"1 misshapen .{name} is .9,., expected .256,.")):
+                           (state | {name: torch.zeros(9)}, f"1 misshapen .{name} is float.9,., expected float.256,.")):
         for content in ({**file, "ema": wrong}, {"ema": wrong}, wrong):
             torch.save(content, path)
             with pytest.raises(ValueError, match=message) as caught:

@@ -285,7 +285,7 @@ def test_load_vae(tmp_path, wrapped):
     beside(tmp_path / "vae", mean[:2], std[:2], {"main.0.weight": mean})
     with pytest.raises(ValueError) as caught:
         V.load_vae(str(path))
-    one_line(caught, "vae.pt", "statistics of 2 channels", 3)
+    one_line(caught, "vae.pt", "mean of its latents is float(2,), expected float(3,)")
     beside(tmp_path / "vae", mean, std, {"other": mean})
     with pytest.raises(ValueError) as caught:
         V.load_vae(str(path))
@@ -349,7 +349,7 @@ def test_wrong_keys_are_named():
     with pytest.raises(ValueError) as caught:
         V.load_strict(net, {"weight": torch.zeros(3, 1), "more": torch.zeros(1)}, "a.pt")
     one_line(caught, "a.pt", "1 missing (bias)", "1 unexpected (more)",
-             "1 misshapen (weight is (3, 1), expected (3, 2))")
+             "1 misshapen (weight is float(3, 1), expected float(3, 2))")
     assert torch.equal(net.weight, before)
     with pytest.raises(ValueError) as caught:
         V.config_from_dict(V.VAEConfig, {"ch": 1, "depth": 3})

@@ -97,7 +97,6 @@ class DINOv2(nn.Module):
 
 class TinyTeacher(nn.Module):
     """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
-
     dim, stride = 64, 8
     def __init__(self, num_classes=10):
         super().__init__()

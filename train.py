@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -365,6 +366,7 @@ def surviving(what, last=False):
 
 def lock(out):
     """One run in a folder at a time. The system ends the lock with its process, so none is ever stale."""
+    tempfile.TemporaryFile(dir=out).close()                 # an OSError where the folder is read-only
     fd = os.open(Path(out) / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -219,8 +219,7 @@ class Packed:
             whole = all(array.dtype.kind in "iu" and array.shape == self.shape[:1] for array in (labels, sums))
             named = names.dtype.kind == "U" and names.ndim == 1 and top < len(names)
             if not whole or not named or labels.min(initial=0) < -1:
-                raise ValueError(f"arr_1 {list(labels.shape)} are no labels of {self.shape[0]} images in {names.size} "
-                                 "classes")
+                raise ValueError(f"arr_1 {list(labels.shape)} no labels: {self.shape[0]} images, {names.size} classes")
             self.classes = names.tolist()
         self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))

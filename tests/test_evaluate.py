@@ -433,7 +433,7 @@ def test_wrong_references_are_one_line(net, tmp_path):
     (tmp_path / "garbage.npz").write_bytes(b"<html>404</html>")
     for name, word in dict(network="tiny features .128., not inception .2048.: use --features=tiny", width="768",
                            size="64 px, the samples have 32", one="fewer than 2", count="fewer than 2",
-                           empty="fewer than 2", float="expected uint8", garbage="no .npz", absent="no file at").items():
+                           empty="fewer than 2", float="expected uint8", garbage="no .npz", absent="no file").items():
         with pytest.raises((ValueError, OSError), match=word) as error:
             ev.load_reference(str(tmp_path / f"{name}.npz"), net, 32, 4)
         assert f"{name}.npz" in str(error.value) and "\n" not in str(error.value)

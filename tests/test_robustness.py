@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_robustness.py
 """
+import ctypes
 import json
 import os
 import resource
@@ -10,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import endurance
 import pytest
 import torch
 from test_train import ROOT, SMALL, assert_equal, config, execute, last_pair, make_tree, quick_teacher, run, torchrun
 
 import train
+import vae as V
 from sample import parse
 from train import PRESETS, Config
 
@@ -172,3 +176,114 @@ def test_a_log_is_enough_to_run_it_again(tmp_path):
     first = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[0])
     assert {"config", "versions", "git", "data", "threads", "world", "images"} <= first.keys()
     assert first["data"] == pairs[0][0]["data"] and first["config"]["seed"] == 0
+
+
+def test_second_signal_in_a_real_process(tmp_path):
+    """Impatience, 3 s after the first signal, ends a run that is still saving; what it wrote is no checkpoint."""
+    life = endurance.Life(tmp_path / "run", "--save_every=1000", "--steps=3000", slow=60)
+    life.until(lambda: endurance.lines(tmp_path / "run"))
+    life.process.send_signal(signal.SIGTERM)
+    asked = time.time()
+    life.until(life.writing)
+    time.sleep(max(0.0, asked + 3.1 - time.time()))
+    assert life.process.poll() is None
+    life.process.send_signal(signal.SIGTERM)
+    assert life.process.wait(10) == 1
+    assert train.checkpoints(tmp_path / "run") == [] and life.gone() < 10
+
+
+@pytest.mark.parametrize("where", ["images", "latents", "gradient"])
+def test_nan_anywhere_skips_the_step(tmp_path, monkeypatch, where):
+    """(And in a loss: test_train.) Weights, both BatchNorms' statistics, averages and optimizers stay, and the log
+    counts it."""
+    before = run(config(tmp_path / "run", "--steps=2", "--save_every=1", "--log_every=1", "--vae_ema=0.9"))
+    poison, to_float, sample, parallel = iter([float("nan")]), train.to_float, V.VAE.sample, train.parallel
+    if where == "images":
+        monkeypatch.setattr(train, "to_float", lambda x: to_float(x) * next(poison, 1.0))
+    elif where == "latents":
+        monkeypatch.setattr(V.VAE, "sample", staticmethod(lambda *moments: sample(*moments) * next(poison, 1.0)))
+    else:
+        def poisoned(network, *args):
+            if isinstance(network, train.SiT):
+                network.blocks[0].attn.proj.bias.register_hook(lambda gradient: gradient * next(poison, 1.0))
+            return parallel(network, *args)
+        monkeypatch.setattr(train, "parallel", poisoned)
+    after = run(config(tmp_path / "run", "--steps=3", "--save_every=1", "--log_every=1", "--vae_ema=0.9"))
+    assert next(poison, None) is None                   # it was there
+    assert_equal(before[0], after[0], skip=("config", "steps"))
+    assert_equal(before[1], after[1], skip=("steps", "skipped"))
+    assert after[1]["skipped"].tolist() == [1, 1]
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["skipped"] == 1
+
+
+def test_nan_on_one_rank_skips_the_step_on_both(tmp_path):
+    """One of two ranks has a NaN in its second step: no rank takes it, and they stay replicas."""
+    script = tmp_path / "poisoned.py"
+    script.write_text("import os, train\n"
+                      "calls, real = [], train.reconstruction_loss\n"
+                      "def loss(*args):\n"
+                      "    calls.append(1)\n"
+                      "    return real(*args) * (float('nan') if (os.environ['RANK'], len(calls)) == ('1', 2) else 1)\n"
+                      "train.reconstruction_loss = loss\n"
+                      "train.main()\n")
+    done = subprocess.run([sys.executable, *torchrun(2), str(script), *SMALL, "--steps=3", "--save_every=1", "--keep=9",
+                           f"--out={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second, third = ([torch.load(tmp_path / f"run/step_000000{n}{half}.pt", weights_only=True)
+                             for half in ("", ".resume")] for n in (1, 2, 3))
+    assert_equal(first[0], second[0], skip=("config", "steps"))
+    assert_equal(first[1], second[1], skip=("steps", "skipped"))
+    assert second[1]["skipped"].tolist() == [1, 1] and third[1]["skipped"].tolist() == [1, 0]
+
+
+def test_resuming_names_what_has_changed(tmp_path, capsys):
+    """Other data, architecture, batch or seed: refused, with the differences; other changes are listed."""
+    cfg = config(tmp_path / "run", "--steps=1")
+    run(cfg)
+    for key, value in (("data", "images"), ("sit", "3-32-2/2"), ("resolution", 64), ("batch", 4), ("seed", 1),
+                       ("train_vae", False), ("latent_norm", "fixed"), ("hflip", True)):
+        with pytest.raises(ValueError) as caught:
+            train.load_pair(replace(cfg, **{key: value}), 0)
+        assert f"{key} was {getattr(cfg, key)!r}, is {value!r}" in str(caught.value) and "\n" not in str(caught.value)
+    train.load_pair(replace(cfg, lr_sit=0.5, steps=9), 0)
+    assert "changed: steps 1 -> 9, lr_sit 0.002 -> 0.5\n" in capsys.readouterr().out
+
+
+def test_half_a_pair_is_cleaned_up(tmp_path):
+    """Killed between the removal of an old pair's two files, a run leaves one half; the next save removes it."""
+    run(config(tmp_path / "run", "--steps=2", "--save_every=1"))
+    (tmp_path / "run/step_0000001.pt").unlink()
+    assert train.checkpoints(tmp_path / "run") == [2]
+    run(config(tmp_path / "run", "--steps=3", "--save_every=1"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == [
+        "step_0000002.pt", "step_0000002.resume.pt", "step_0000003.pt", "step_0000003.resume.pt"]
+
+
+def test_read_only_folder(tmp_path):
+    """A run's folder that has become read-only is refused before the first step, with the last checkpoint untouched."""
+    out = tmp_path / "run"
+    execute(*SMALL, "--steps=1", f"--out={out}")
+    lines = (out / "metrics.jsonl").read_text()
+    out.chmod(0o555)
+    # root may write everywhere, but for the capability (1) that this takes away (24: PR_CAPBSET_DROP)
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--steps=2", f"--out={out}"], cwd=ROOT, text=True,
+                          capture_output=True, preexec_fn=lambda: ctypes.CDLL(None).prctl(24, 1, 0, 0, 0))
+    out.chmod(0o755)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"cannot write to --out={out} (Permission denied): name another folder" in done.stderr
+    assert train.checkpoints(out) == [1] and (out / "metrics.jsonl").read_text() == lines
+
+
+def test_deterministic_option(tmp_path):
+    """--deterministic asks PyTorch for algorithms that give the same bits (on a CPU they do anyway)."""
+    code = ("import os, sys, torch, train\n"
+            "train.run = lambda *args: print('asked:', torch.are_deterministic_algorithms_enabled(), "
+            "os.environ.get('CUBLAS_WORKSPACE_CONFIG'))\n"
+            "train.main()")
+    for value, expected in (("1", "asked: True :4096:8"), ("0", "asked: False None")):
+        done = subprocess.run([sys.executable, "-c", code, *SMALL, f"--deterministic={value}", f"--out={tmp_path}"],
+                              cwd=ROOT, capture_output=True, text=True)
+        assert expected in done.stdout, done.stdout + done.stderr
+    execute(*SMALL, "--steps=1", "--deterministic=1", f"--out={tmp_path / 'run'}")     # no algorithm is missing
+    assert train.checkpoints(tmp_path / "run") == [1]

@@ -23,14 +23,14 @@ def test_the_number_of_ranks_may_change_between_resumes(tmp_path):
 
 
 def test_a_dead_rank(tmp_path):
-    """SIGKILL for one of two ranks: the other ends soon, torchrun names the dead one, its restart ends with the bits."""
+    """SIGKILL for one of two ranks: the other ends soon, torchrun names the dead one, its restart ends as if whole."""
     table = endurance.deadrank(tmp_path, steps=12)
     assert not table.wrong
     assert table["ended at step"] == 12 and table["tensors and settings compared"] > 900
 
 
 def test_no_leaks_in_a_short_run(tmp_path):
-    """Open files and data workers stay as many; nothing is left after the end or a kill. (Memory: endurance.py soak.)"""
+    """Open files and workers stay as many; nothing is left after the end or a kill. (Memory: endurance.py soak.)"""
     table = endurance.soak(tmp_path, steps=80)
     assert not table.wrong
     assert table["workers"] == [2] and len({*table["files always open, in each quarter"][1:]}) == 1

@@ -107,6 +107,7 @@ class Config:
     seed: int = 0
     # machine
     compile: Literal["auto", "0", "1"] = "auto"     # torch.compile; auto: on GPUs
+    recompute: int = 0              # the VAE's so many largest levels: activations again in the backward, less memory
     deterministic: bool = False     # the same bits each time on a GPU, too: slower
     workers: int = 8                # processes that decode images, for each rank
     # output
@@ -151,7 +152,8 @@ def architecture(cfg):
 def check(cfg, world, vae_config=None):
     """All that is wrong with the settings, each in one line that says what to do."""
     bad, shares = [], ["label_drop", "ema", "vae_ema"]
-    zero = shares + "repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth".split()
+    zero = shares + ("repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth "
+                     "recompute").split()
     for name, value in asdict(cfg).items():
         if name in shares and not 0 <= value < 1:
             bad.append(f"--{name}={value} must be at least 0 and below 1")
@@ -589,6 +591,8 @@ def run(cfg, rank, world, device, stop=lambda: False):
         for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual, None if cfg.train_vae else vae.encoder]:
             if module is not None:
                 module.compile(dynamic=False)           # in place: state_dict keeps its names
+    for level in [*vae.encoder.down[: cfg.recompute], *vae.decoder.up[: cfg.recompute]]:
+        level.recompute = cfg.train_vae
     vae_train = parallel(vae_fast, world, device) if cfg.train_vae else vae_fast
     sit_train = parallel(sit, world, device)
     batches = stream("epoch", first)

@@ -45,6 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 @contextmanager
@@ -390,9 +391,11 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(c_out, groups) if attention else nn.Identity() for _ in range(blocks))
+        self.recompute = False      # True: keep each block's input alone, and compute the rest again in the backward
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
-            x = attn(block(x))
+            x = attn(checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                     if self.recompute and torch.is_grad_enabled() else block(x))
         return x
 
 class Encoder(nn.Module):

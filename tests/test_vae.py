@@ -124,6 +124,34 @@ def test_vae_equals_diffusers(name, count):
             assert error(p.grad, grads[names[key]].reshape(p.shape)) < 1e-9, key
 
 
+def test_recomputing_activations_keeps_the_bits():
+    """--recompute keeps less memory between forward and backward; losses and gradients are the same bits."""
+    torch.manual_seed(0)
+    vae, results = V.VAE(replace(SMALL, ch_mult=(1, 1, 2))), []
+    with torch.no_grad():
+        for i, p in enumerate(vae.parameters()):        # its residual branches start as zeros
+            p += 0.05 * noise(*p.shape, seed=i)
+    for levels in range(4):
+        for i, level in enumerate(zip(vae.encoder.down, vae.decoder.up)):
+            for side in level:
+                side.recompute = i < levels
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        vae.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            z, rec, mean, logvar = vae(noise(2, 3, 32, 32), noise(2, 3, 8, 8, seed=1))
+            loss = rec.square().mean() + z.square().mean() + V.kl_divergence(mean, logvar)
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in vae.parameters()], sum(kept.values())))
+    for loss, grads, _ in results[1:]:
+        assert torch.equal(loss, results[0][0]) and all(map(torch.equal, grads, results[0][1]))
+    sizes = [size for _, _, size in results]
+    assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2] > sizes[3], sizes
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Posterior, losses, discriminator.
 

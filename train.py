@@ -277,7 +277,8 @@ def ema_update(average, model, decay, ok):
     """average += (1 - decay) (model - average), parameters and float buffers; counters are copied. Only where ok."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
     ours, theirs = zip(*((a, b) for a, b in pairs if a.is_floating_point()))
-    torch._foreach_add_(ours, torch._foreach_mul(torch._foreach_sub(theirs, ours), (1 - decay) * ok.float()))
+    torch._foreach_mul_(change := torch._foreach_sub(theirs, ours), (1 - decay) * ok.float())
+    torch._foreach_add_(ours, change)
     for a, b in pairs:
         if not a.is_floating_point():
             a.copy_(torch.where(ok, b, a))

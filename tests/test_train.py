@@ -5,6 +5,7 @@
 import contextlib
 import io
 import json
+import linecache
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import repa
 import train
@@ -461,24 +463,94 @@ def test_first_stage_joins_the_joint_run(tmp_path):
 
 
 def test_compiled_step_equals_eager_and_never_recompiles(tmp_path):
-    """The joint step under torch.compile follows the eager one, and steps 2 to 5 compile nothing."""
+    """The joint step under torch.compile (with activations computed again in the backward) follows the eager one, its
+    graphs have no breaks, and steps 2 to 5 compile nothing."""
     code = ("import sys, pathlib, torch, train; from torch._dynamo.utils import counters\n"
             "cfg = train.parse(train.Config, sys.argv[1:], train.PRESETS); pathlib.Path(cfg.out).mkdir()\n"
             "n, real = [], train.draws\n"
             "def draws(*a):\n    n.append(counters['stats']['unique_graphs']); return real(*a)\n"
-            "train.draws = draws; train.run(cfg, 0, 1, torch.device('cpu')); print('graphs', *n)")
+            "train.draws = draws; train.run(cfg, 0, 1, torch.device('cpu')); print('graphs', *n)\n"
+            "print('breaks', sum(counters['graph_break'].values()))")
     words = [*SMALL, "--save_every=6", "--gan_adaptive=1"]
     eager = run(config(tmp_path / "eager", *words[-2:]))
-    done = subprocess.run([sys.executable, "-c", code, *words, f"--out={tmp_path / 'fast'}", "--compile=1"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code, *words, f"--out={tmp_path / 'fast'}", "--compile=1",
+                           "--recompute=1"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     graphs = [int(n) for n in re.search(r"graphs (.*)", done.stdout)[1].split()][-6:]   # before each of the six steps
     assert graphs[0] == 0 < graphs[1] and len(set(graphs[2:])) == 1, graphs
+    assert "breaks 0" in done.stdout, done.stdout
     fast = last_pair(tmp_path / "fast")
     assert flatten(fast[0]["vae"]).keys() == flatten(eager[0]["vae"]).keys()        # no _orig_mod. in names
     a, b = (json.loads(open(tmp_path / n / "metrics.jsonl").readlines()[1]) for n in ("eager", "fast"))
     for key in ("vae", "disc", "sit", "norm_vae", "norm_disc", "norm_sit"):
         assert a[key] == pytest.approx(b[key], rel=2e-3), key
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+class HostReads(TorchDispatchMode):
+    """Records, by step, the lines of train.py that make the host wait for the device: reads of a tensor's value. On a
+    CPU nothing waits, but the calls are the same ones. Reading the data (Log.wait) is the host's own work."""
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found, self.step, self.reading = [], "before", False
+        for name in WAITS:
+            monkeypatch.setattr(torch.Tensor, name, self.recording(getattr(torch.Tensor, name)))
+        draws, wait = train.draws, train.Log.wait
+
+        def step_begins(cfg, step, rank, world, latent, device, stream="step"):
+            self.step = step if stream == "step" else "before"
+            return draws(cfg, step, rank, world, latent, device, stream)
+
+        def data(log, batches):
+            self.reading = True
+            batch, self.reading = wait(log, batches), False
+            return batch
+        monkeypatch.setattr(train, "draws", step_begins)
+        monkeypatch.setattr(train.Log, "wait", data)
+
+    def record(self):
+        frame = sys._getframe(1)
+        while frame and frame.f_code.co_filename != train.__file__:
+            frame = frame.f_back
+        if frame and not self.reading:
+            line = linecache.getline(train.__file__, frame.f_lineno).strip()
+            self.found.append((self.step, frame.f_code.co_name, line))
+
+    def recording(self, method):
+        def wrapped(tensor, *args, **kwargs):
+            self.record()
+            return method(tensor, *args, **kwargs)
+        return wrapped
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func._schema.name in ("aten::index", "aten::index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1])
+        if by_mask or func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            self.record()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("extra", [(), ("--train_vae=0", "--latent_norm=fixed"), ("--batch=8", "--micro_batch=4")])
+def test_silent_steps_never_wait_for_the_device(tmp_path, monkeypatch, extra):
+    """Between two log lines nothing reads a value from the device, but a CPU's own check (see `device.type`)."""
+    cfg = config(tmp_path / "run", "--steps=8", "--log_every=4", "--save_every=100", "--vae_ema=0.9", *extra)
+    with HostReads(monkeypatch) as reads:
+        run(cfg)
+    silent = {(name, line) for step, name, line in reads.found if step in (1, 2, 4, 5, 6)}
+    assert {line for _, line in silent} <= {
+        'if (device.type == "cpu" or (step + 1) % cfg.log_every == 0) and skipped[1] >= 10:'}, silent
+    assert any(step == 3 for step, _, _ in reads.found)                 # the line that is printed is read
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), lambda x: bool(x), lambda x: x.reshape(1)[x.reshape(1) > 0]])
+def test_a_read_in_the_step_is_found(tmp_path, monkeypatch, read):
+    finite = train.all_finite
+    monkeypatch.setattr(train, "all_finite", lambda *values: (read(values[0]), finite(*values))[1])
+    with HostReads(monkeypatch) as reads:
+        run(config(tmp_path / "run", "--steps=3", "--log_every=3", "--save_every=100"))
+    assert [line for step, _, line in reads.found if step == 1][0].startswith("ok = all_finite"), reads.found
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

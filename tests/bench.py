@@ -1,152 +1,274 @@
-"""Milliseconds of each part of one training step, and images/s, on whatever device there is.
+"""How fast everything is on this device: the step by parts with its FLOPs, memory, sampling, metrics, data.
 
     python tests/bench.py --preset=tiny
-    python tests/bench.py --preset=sdvae --batch=32 --compile=1         # random weights of the true shapes, no download
+    python tests/bench.py step frozen sampling --preset=sdvae --peer=REPA-E     # beside a checkout of the authors'
+    python tests/bench.py count memory --preset=sdvae       # FLOPs and bytes on tensors without storage: needs no GPU
     python tests/bench.py evaluation        # features beside torch-fidelity's in turns, metrics of 50,000 samples
     python tests/bench.py data              # reading images: a folder of JPEGs, and the same packed
 
-Any option of train.py can be given. The parts are train.py's own calls in its order, with the device drained between
-them; the whole step is also timed without that, as the loop runs it. The DINOv2 and the VGG16 here are random networks
-of the true shape (timm's and lpips').
+Any option of train.py can be given; weights are random and of the true shape, so nothing is downloaded. The parts are
+train.py's own calls in its order, with the device drained between them; the whole step is timed without that, as the
+loop runs it. FLOPs are counted on tensors without storage (2 a multiply-add, matrix products and convolutions alone).
+--peer times the authors' code in turns with ours and prints how far the losses of a step differ on equal weights.
 """
+import itertools
+import resource
+import statistics
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import train  # noqa: E402
-from repa import DINOv2, TinyTeacher, align_loss, teacher_shape  # noqa: E402
-from sample import autocast, parse, start  # noqa: E402
-from sit import SiT, SiTConfig, interpolate  # noqa: E402
-from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, discriminator_loss, generator_loss,  # noqa: E402
-                 kl_divergence, reconstruction_loss, to_float)
+from sample import Model, euler_maruyama, guided, parse, start  # noqa: E402
+from sit import SiT  # noqa: E402
+from steps import Ours, Peer  # noqa: E402
+from vae import PUBLISHED, VAE, VAES  # noqa: E402
 
+# ------------------------------------------------------------------------------------------------ What is measured.
 
-def random_teacher(cfg):
-    """A teacher of the true shape with random weights."""
-    if cfg.teacher == "tiny":
-        return TinyTeacher().eval()
-    import timm
-    size = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}[cfg.teacher.split("_")[1]]
-    vit = timm.create_model(f"vit_{size}_patch14_dinov2", img_size=14 * (cfg.resolution // 16), dynamic_img_size=False)
-    net = DINOv2.__new__(DINOv2)
-    torch.nn.Module.__init__(net)
-    net.side, net.net = cfg.resolution // 16, vit
-    vit.forward_features_of_timm = vit.forward_features
-    vit.forward_features = lambda x: {"x_norm_patchtokens": vit.forward_features_of_timm(x)[:, 1:]}
-    net.register_buffer("mean", torch.zeros(3, 1, 1))
-    net.register_buffer("std", torch.ones(3, 1, 1))
-    return net.eval()
+def largest_difference(ours, peer, step, args):
+    """The same step on both sides with the same weights and draws -> the largest relative difference of a loss."""
+    B, cfg = len(args[-1]), ours.cfg
+    torch.manual_seed(1)                # theirs draws in this order: posterior noise, t, eps, label drop
+    noise = torch.randn(B, *ours.latent)
+    t = torch.rand(B, 1, 1, 1) if cfg.weighting == "uniform" else torch.randn(B, 1, 1, 1).exp()
+    t = t.flatten() if cfg.weighting == "uniform" else (t / (1 + t)).flatten()
+    eps = torch.randn(B, *ours.latent)
+    drawn = t, eps, noise, torch.rand(B) < cfg.label_drop
+    mine = {name: value.item() for name, value in getattr(ours, step)(*args, drawn).items()}
+    torch.manual_seed(1)
+    theirs = getattr(peer, step)(*args)
+    return max(abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-6) for name in mine
+               if name != "norm_sit")       # theirs counts the gradient of its position table
 
-
-def random_perceptual():
-    """LPIPS on a random VGG16."""
-    import lpips
-    net = Perceptual.__new__(Perceptual)
-    torch.nn.Module.__init__(net)
-    net.net, net.legacy_range = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False), False
-    return net.eval()
-
-
-def bench(cfg, device, steps):
-    """-> {part: milliseconds}, milliseconds of a whole step, peak memory in GiB (None on a CPU)."""
-    torch.manual_seed(0)
-    depth, width, heads, patch, align_depth = train.architecture(cfg)
-    vae = VAE(VAES[PUBLISHED.get(cfg.vae, cfg.vae)])
-    side = cfg.resolution // vae.cfg.downsampling
-    dims = (teacher_shape(cfg.teacher, cfg.resolution)[1],) if cfg.repa_sit else ()
-    sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, side, 1000, dims, align_depth,
-                        cfg.projector_width))
-    disc, teacher = Discriminator(cfg.disc_ch), random_teacher(cfg).requires_grad_(False)
-    perceptual = random_perceptual().requires_grad_(False).to(device) if cfg.lpips else None
-    for net in (vae, sit, disc, teacher):
-        net.to(device, memory_format=torch.channels_last)
-    ema, vae_fast = train.copy.deepcopy(sit).requires_grad_(False), vae
-    if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
-        vae_fast = torch.compile(vae, dynamic=False)
-        for module in [*sit.blocks, disc, teacher, perceptual]:
-            if module is not None:
-                module.compile(dynamic=False)
-    nets = {"vae": vae, "disc": disc, "sit": sit}
-    opts = {name: train.make_optimizer(net, 1e-4) for name, net in nets.items()}
-    cuda = device.type == "cuda"
-    drain = torch.cuda.synchronize if cuda else lambda: None
-    image = torch.randint(0, 256, (cfg.batch, 3, cfg.resolution, cfg.resolution), dtype=torch.uint8, device=device)
-    y = torch.randint(0, 1000, (cfg.batch,), device=device)
-    ms, apart = defaultdict(float), False
+def counted(cfg, step):
+    """ours.step (or .frozen_step) without storage, one image -> {part: FLOPs}."""
+    fake, flops = FakeTensorMode(allow_non_fake_inputs=True), defaultdict(int)
+    ours = Ours(replace(cfg, batch=1, compile="0"), torch.device("cpu"), fake)
 
     @contextmanager
     def part(name):
-        if apart:
+        with FlopCounterMode(display=False) as counter:
+            yield
+        flops[name] += counter.get_total_flops()
+    ours.part = part
+    with fake:
+        getattr(ours, step)(*inputs(ours, step), draws_like(ours))
+    return flops
+
+def bench_count(cfg, rate=0.35 * 790e12):
+    """FLOPs of both steps by part; the gradients that DDP sums, and the bandwidth that hides them at such a rate."""
+    for step in ("step", "frozen_step"):
+        flops = counted(cfg, step)
+        print(f"{step}, GFLOP an image: {sum(flops.values()) / 1e9:.1f} = " + ", ".join(
+            f"{part} {value / 1e9:.1f}" for part, value in flops.items() if value))
+        if step == "step":
+            joint = flops
+    ours = Ours(replace(cfg, batch=1), torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+    for name, part in (("vae", "VAE backward"), ("disc", "discriminator"), ("sit", "SiT backward")):
+        size = 4 * sum(p.numel() for p in ours.nets[name].parameters() if p.requires_grad)
+        seconds = cfg.batch * joint[part] / rate
+        print(f"{name}: {size / 1e9:.3f} GB of float32 gradients, {part} {seconds * 1e3:.0f} ms at {rate / 1e12:.0f} "
+              "TFLOP/s" + "".join(f"; {n} GPUs send {2 * (n - 1) / n * size / 1e9:.2f} GB each, hidden from "
+                                  f"{2 * (n - 1) / n * size / 1e9 / seconds:.0f} GB/s" for n in (8, 64)))
+
+def draws_like(ours):
+    """Draws of the right shapes, of no particular value."""
+    B, device = ours.cfg.batch, ours.device
+    eps, noise = (torch.randn(B, *ours.latent, device=device) for _ in range(2))
+    return torch.rand(B, device=device), eps, noise, torch.rand(B, device=device) < 0.1
+
+def inputs(ours, step):
+    """Random images and labels; moments of a cache first, where there is one."""
+    B, R, device = ours.cfg.batch, ours.cfg.resolution, ours.device
+    image = torch.randint(0, 256, (B, 3, R, R), dtype=torch.uint8, device=device)
+    moments = torch.rand(B, 2, *ours.latent, device=device).half()
+    return (moments,) * (step == "frozen_step") + (image, torch.randint(0, 1000, (B,), device=device))
+
+def clock():
+    """Seconds; on one CPU thread those that this process computed in, so that other programs count less."""
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+def turns(count, drain, **functions):
+    """Calls the functions in turn -> seconds of each, a list by name. So a busy machine is busy for all of them."""
+    seconds = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
             drain()
-            begin = time.perf_counter()
+            begin = clock()
+            function()
+            drain()
+            seconds[name].append(clock() - begin)
+    return seconds
+
+def matmul_rate(drain):
+    """FLOP/s of a large bfloat16 product."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / min(turns(20, drain, product=lambda: a @ a)["product"])
+
+def bench_step(cfg, device, step, name, checkout):
+    """Our step, beside the peer's if there is a checkout; then ours by parts."""
+    cuda = device.type == "cuda"
+    drain = torch.cuda.synchronize if cuda else lambda: None
+    flops, ours = counted(cfg, step), Ours(cfg, device)
+    args, number = inputs(ours, step), itertools.count()
+    calls = {"ours": lambda: getattr(ours, step)(*args, ours.draws(next(number)))}
+    warm_up, n = (3, 20) if cuda else (2, 12) if cfg.resolution <= 64 else (1, 3)
+    if checkout:
+        peer = Peer(checkout, ours)
+        calls["peer"] = lambda: getattr(peer, step)(*args)
+        if not cuda:
+            print(f"{name}: largest relative difference of a loss from the peer's, equal weights and draws: "
+                  f"{largest_difference(ours, peer, step, args):.1e}")
+    turns(warm_up, drain, ours=calls["ours"])
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    turns(warm_up, drain, **calls)
+    seconds = turns(n, drain, **calls)
+    whole = {side: statistics.median(values) for side, values in seconds.items()}
+    for side, values in seconds.items():
+        print(f"{name}, {side}: {whole[side] * 1e3:.1f} ms (best {min(values) * 1e3:.1f}), "
+              f"{cfg.batch / whole[side]:.2f} images/s")
+    if checkout:
+        print(f"{name}: {whole['peer'] / whole['ours']:.2f} times as fast as the peer "
+              f"(best turns: {min(seconds['peer']) / min(seconds['ours']):.2f})")
+    total = sum(flops.values()) * cfg.batch
+    print(f"{name}: {total / whole['ours'] / 1e12:.3f} TFLOP/s at {total / cfg.batch / 1e9:.1f} GFLOP an image", end="")
+    if cuda:
+        rate = matmul_rate(drain)
+        print(f", {100 * total / whole['ours'] / rate:.1f}% of bf16 matmul's {rate / 1e12:.0f} TFLOP/s", end="")
+    print(f"; peak memory {peak / 2**30:.2f} GiB" + (", the peer's beside ours" if checkout else ""))
+    ms = defaultdict(float)
+
+    @contextmanager
+    def part(name):
+        drain()
+        begin = clock()
         yield
-        if apart:
-            drain()
-            ms[name] += (time.perf_counter() - begin) * 1e3
+        drain()
+        ms[name] += (clock() - begin) * 1e3 / n
+    ours.part = part
+    turns(n, drain, ours=calls["ours"])
+    for part, value in ms.items():
+        print(f"  {part:20s} {value:9.1f} ms {100 * value / sum(ms.values()):5.1f}% "
+              f"{flops[part] / 1e9:9.1f} GFLOP an image")
 
-    def step(n):
-        t, eps, noise, drop, _ = train.draws(cfg, n, 0, 1, (vae.cfg.z_channels, side, side), device)
-        x = to_float(image)
-        with part("teacher"), torch.no_grad(), autocast(device):
-            f = [teacher(image)]
-        with train.frozen(sit, disc):
-            with part("VAE forward"), autocast(device):
-                z, rec, mean, logvar = vae_fast(x, noise)
-            with part("VAE losses"):
-                loss = reconstruction_loss(x, rec, cfg.recon_loss) + cfg.kl * kl_divergence(mean, logvar)
-                loss = loss + (cfg.lpips * perceptual(x, rec) if perceptual else 0)
-                loss = loss + cfg.gan * generator_loss(disc(rec))
-            with part("alignment pass"):
-                z_t, _ = interpolate(sit.bn(z), eps, t, cfg.path)
-                with autocast(device):
-                    h = sit.align_only(z_t, t, y)
-                loss = loss + cfg.repa_vae * align_loss(h, f)
-            with part("VAE backward"):
-                loss.backward()
-        with part("discriminator"):
-            discriminator_loss(disc(x), disc(rec.detach())).backward()
-        with part("SiT forward"):
-            z_t, target = interpolate(sit.bn.normalise_batch(z.detach()), eps, t, cfg.path)
-            with autocast(device):
-                v, h = sit(z_t, t, y, drop)
-            loss = F.mse_loss(v.float(), target) + cfg.repa_sit * align_loss(h, f)
-        with part("SiT backward"):
-            loss.backward()
-        with part("clip, check, AdamW"):
-            norms = [torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip) for net in nets.values()]
-            ok = train.all_finite(*norms)
-            for opt in opts.values():
-                opt.found_inf = (~ok).float()
-                opt.step()
-                opt.zero_grad()
-            sit.bn.commit(ok)
-        with part("EMA"):
-            train.ema_update(ema, sit, cfg.ema, ok)
+def bench_sampling(cfg, device, checkout, steps=10):
+    """The paper's SDE sampler with guidance 2.2 on [0, 0.65], images decoded; theirs beside it on the same numbers."""
+    drain = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    steps = 250 if device.type == "cuda" else steps
+    cfg = replace(cfg, lpips_legacy_range=False)
+    ours = Ours(cfg, device)
+    ours.sit.requires_grad_(False)
+    peer, rows = Peer(checkout, ours) if checkout else None, []
+    hook = ours.sit.x_embedder.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    y, model = torch.randint(0, 1000, (cfg.batch,), device=device), Model(ours.vae, ours.sit, [], {}, 0)
+    z = torch.randn(cfg.batch, *ours.latent, device=device)
+    for scale, low, high in ((1.0, 0.0, 1.0), (2.2, 0.0, 0.65)):
+        rows.clear()
+        model.batch(range(cfg.batch), y, steps, "sde", scale, low, high, 0)
+        calls = {"ours": lambda: model.batch(range(cfg.batch), y, steps, "sde", scale, low, high, 0)}
+        evaluations, text = sum(rows) / cfg.batch, f"guidance {scale} on [{low}, {high}]"
+        if peer:
+            peer.sit.eval()
 
-    for n in range(3):
-        step(n)
-    drain()
-    begin = time.perf_counter()
-    for n in range(steps):
-        step(n)
-    drain()
-    whole = (time.perf_counter() - begin) * 1e3 / steps
-    apart = True
-    for n in range(steps):
-        step(n)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    return {name: total / steps for name, total in ms.items()}, whole, memory
+            def theirs():
+                sampler = peer.samplers.euler_maruyama_sampler
+                out = sampler(peer.plain_sit, z, y, steps, False, scale, low, high, cfg.path)
+                return out, peer.vae.decode(out.float()).sample
+            torch.manual_seed(2)
+            with torch.no_grad():
+                b = theirs()[0]
+                torch.manual_seed(2)
+                a = euler_maruyama(guided(ours.sit, y, scale, low, high), z.double(), steps,
+                                   lambda: torch.randn_like(z.double()), cfg.path)
+            print(f"sampling, {text}: largest difference of a latent {(a - b).abs().max():.1e} of {b.abs().max():.1f}")
+            calls["peer"] = torch.no_grad()(theirs)
+        seconds = {side: statistics.median(values) for side, values in turns(3, drain, **calls).items()}
+        print(f"sampling, {steps} sde steps, {text}: {evaluations:.0f} network evaluations an image; " + ", ".join(
+            f"{side} {cfg.batch / value:.3f} images/s" for side, value in seconds.items())
+            + (f", ratio {seconds['peer'] / seconds['ours']:.2f}" if peer else ""))
+    hook.remove()
 
+def kept_bytes(networks, function):
+    """Bytes that autograd keeps for the backward of function(), without the networks' own weights."""
+    weights = {p.untyped_storage()._cdata for net in networks for p in net.parameters()}
+    sizes, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)            # else its address may be another's
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive.append(function())
+    return sum(sizes.values())
+
+def bench_memory(cfg):
+    """What a GPU would hold, counted: fake CUDA tensors under CUDA's own autocast lists, without compile. An estimate:
+    gradients in flight, cuDNN's workspaces and the allocator's gaps come on top, and compile keeps less."""
+    attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, (
+        lambda q, k, v: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0])
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    shape, cpu = (3, cfg.resolution, cfg.resolution), torch.device("cpu")
+    counts = defaultdict(list)      # {part: bytes of 1 and of 2 images}
+    levels = len(VAES[PUBLISHED.get(cfg.vae, cfg.vae)].ch_mult)
+    for B in (1, 2):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        ours = Ours(cfg, cpu, fake)
+        with fake:
+            x, rec = torch.rand(B, *shape), torch.rand(B, *shape, requires_grad=True)
+            with train.frozen(ours.disc):
+                counts["LPIPS and D's share"].append(kept_bytes(
+                    [ours.perceptual, ours.disc], lambda: (ours.perceptual(x, rec), ours.disc(rec))))
+            with torch.device("cuda"):
+                vae, sit = VAE(ours.vae.cfg), SiT(ours.sit.cfg)
+                x, z, noise = (torch.rand(B, *s) for s in (shape, ours.latent, ours.latent))
+                t, y = torch.rand(B), torch.zeros(B, dtype=torch.long)
+                counts["SiT step"].append(kept_bytes([sit], lambda: sit(z, t, y)))
+                for n in range(levels + 1):
+                    for level in [*vae.encoder.down[:n], *vae.decoder.up[:n]]:
+                        level.recompute = True
+                    counts[f"VAE, --recompute={n}"].append(kept_bytes([vae], lambda: vae(x, noise)))
+                h = torch.rand(B, vae.cfg.ch, *shape[1:], requires_grad=True, dtype=torch.bfloat16)
+                counts["one block, computed again"].append(kept_bytes([vae], lambda: vae.encoder.down[0].block[0](h)))
+                with train.frozen(sit):
+                    z.requires_grad_()
+                    counts["alignment pass"].append(kept_bytes([sit], lambda: sit.align_only(z, t, y)))
+    F.scaled_dot_product_attention = attention
+    torch.set_autocast_enabled("cuda", False)
+    image = {name: two - one for name, (one, two) in counts.items()}
+    fixed = {name: one - image[name] for name, (one, _) in counts.items()}
+    for name in counts:
+        print(f"kept for the backward, {name:28s} {image[name] / 2**20:8.1f} MiB an image + "
+              f"{fixed[name] / 2**20:.1f} MiB")
+    numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in ours.nets.items()}
+    frozen = sum(p.numel() for net in (ours.teacher, ours.perceptual) for p in net.parameters())
+    state = 4 * (3 * sum(numbers.values()) + numbers["sit"] + frozen)           # weights, AdamW's two, EMA
+    for n in range(levels + 1):
+        joint = [f"VAE, --recompute={n}", "LPIPS and D's share", "alignment pass"]
+        joint += ["one block, computed again"] * (n > 0)
+        vae_step = sum(cfg.batch * image[name] + fixed[name] for name in joint) + 4 * numbers["vae"]
+        sit_step = cfg.batch * image["SiT step"] + fixed["SiT step"] + 4 * sum(numbers.values())
+        print(f"--recompute={n}, {cfg.batch} images: weights, AdamW, EMA {state / 2**30:.1f} GiB + the larger of the "
+              f"VAE step's {vae_step / 2**30:.1f} and the SiT step's {sit_step / 2**30:.1f} GiB = "
+              f"{(state + max(vae_step, sit_step)) / 2**30:.1f} GiB")
+
+# ----------------------------------------------------------------------------------- Evaluation and data.
 
 def evaluation():
     """Inception's features beside torch-fidelity's on the same random weights, in turns; metrics of N = 50,000."""
-    import resource
     import tempfile
 
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -196,7 +318,6 @@ def evaluation():
         print(f"features at {size:3d} px: {best['ours']:.1f} images/s, torch-fidelity {best['torch-fidelity']:.1f}, "
               f"ratio {best['ours'] / best['torch-fidelity']:.2f}")
 
-
 def data():
     """Images/s from 640 JPEGs of 500 x 375 px, cropped to 256, and from their pack, on one core and with workers."""
     import os
@@ -225,21 +346,27 @@ def data():
                 count = sum(len(x) for x, _ in loader)
                 print(f"{name}, {workers} workers: {count / (time.perf_counter() - begin):.0f} images/s")
 
-
 def main():
-    if sys.argv[1:] in (["evaluation"], ["data"]):
-        return evaluation() if sys.argv[1] == "evaluation" else data()
-    cfg = parse(train.Config, sys.argv[1:], train.PRESETS)
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    options = [word for word in sys.argv[1:] if word.startswith("--")]
+    checkout = next((word.partition("=")[2] for word in options if word.startswith("--peer=")), None)
+    if wrong := set(words) - {"step", "frozen", "sampling", "count", "memory", "evaluation", "data"}:
+        sys.exit(f"unknown {' '.join(wrong)}: see the head of this file")
+    cfg = parse(train.Config, [word for word in options if not word.startswith("--peer=")], train.PRESETS)
     cfg.batch = min(cfg.batch, cfg.micro_batch)     # one micro-batch: what a device has at a time
+    cfg.lpips_legacy_range = bool(checkout)         # theirs: equal numbers
     _, _, device = start()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    parts, whole, memory = bench(cfg, device, 10 if device.type == "cuda" or cfg.resolution <= 64 else 2)
     print(f"{name}, torch {torch.__version__}, {cfg.sit}, VAE {cfg.vae}, {cfg.resolution} px, batch {cfg.batch}")
-    for part, ms in parts.items():
-        print(f"{part:20s} {ms:9.1f} ms  {100 * ms / sum(parts.values()):5.1f}%")
-    print(f"{'whole step':20s} {whole:9.1f} ms  {cfg.batch / whole * 1e3:.1f} images/s"
-          + (f", peak {memory:.1f} GiB" if memory else ""))
-
+    for word in words or ["step"]:
+        if word in ("step", "frozen"):
+            bench_step(cfg, device, {"step": "step", "frozen": "frozen_step"}[word], word, checkout)
+        elif word == "sampling":
+            bench_sampling(cfg, device, checkout)
+        elif word in ("count", "memory"):
+            {"count": bench_count, "memory": bench_memory}[word](cfg)
+        else:
+            {"evaluation": evaluation, "data": data}[word]()
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -63,24 +63,29 @@ def run(name, seed, out, steps, first, every, count):
 
     import evaluate
     torch.set_num_threads(1)
+    device = torch.device("cpu")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     log = {line["step"]: line for line in log if "step" in line}
     rows, files = [], sorted(folder.glob("step_???????.pt"))
     for file in files:
         for report in folder.glob(f"{file.stem}.*.json"):
             report.unlink()                             # of an evaluation that was killed
-    with open(folder / "log.txt", "a") as screen, redirect_stdout(screen):
+    with open(folder / "log.txt", "a") as screen, redirect_stdout(screen), redirect_stderr(screen):
         if name not in FIRST:
-            evaluate.gen(evaluate.Options("gen", str(folder), ref="tiny", curve=True, count=count, steps=25),
-                         torch.device("cpu"))
+            evaluate.gen(evaluate.Options("gen", str(folder), ref="tiny", curve=True, count=count, steps=25), device)
+            guided = evaluate.Options("gen", str(folder), ref="tiny", count=count, steps=25, guidance="2")
+            evaluate.gen(guided, device)                # of the last checkpoint
         for file in files:
             for command in ["recon"] if name in FIRST else ["recon", "align"]:
                 options = evaluate.Options(command, str(file), "tiny", count=min(count, 500))
-                getattr(evaluate, command)(options, torch.device("cpu"))
+                getattr(evaluate, command)(options, device)
     for file in files:
-        row = {"step": int(file.stem[5:]), "cosine": -log[int(file.stem[5:])].get("align_sit", float("nan"))}
+        step = int(file.stem[5:])
+        row = {"step": step, "cosine": -log[step]["align_sit"] if "align_sit" in log[step] else None}
         for report in folder.glob(f"{file.stem}.*.json"):
-            row |= json.loads(report.read_text())[-1]["values"]
+            for entry in json.loads(report.read_text()):
+                guided = " at guidance 2" * (entry.get("guidance", 1) > 1)
+                row |= {key + guided: value for key, value in entry["values"].items()}
         rows.append(row)
     (folder / "evaluated.json.tmp").write_text(json.dumps(rows))
     (folder / "evaluated.json.tmp").rename(folder / "evaluated.json")
@@ -98,7 +103,8 @@ def gather(out):
 
 
 COLUMNS = {     # of the table: title, key, decimals, factor
-    "FD": ("FD-tiny", 2, 1), "accuracy %": ("accuracy", 1, 100), "cosine": ("cosine", 3, 1),
+    "FD": ("FD-tiny", 2, 1), "guided": ("FD-tiny at guidance 2", 2, 1),
+    "accuracy %": ("accuracy", 1, 100), "guided ": ("accuracy at guidance 2", 1, 100), "cosine": ("cosine", 3, 1),
     "CKNNA, best block": ("CKNNA", 3, 1), "PSNR dB": ("PSNR", 2, 1), "spatial variance": ("spatial variance", 3, 1),
     "total variation": ("total variation", 1, 1)}
 

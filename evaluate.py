@@ -35,8 +35,8 @@ import sample
 from repa import DINOv2, cknna, fit, load_teacher, trained_once
 from sample import autocast, cast, choose_label, friendly, load_model, parse, rank0_first
 from sit import interpolate
-from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, first_line, grid, load_vae, misfits, open_images,
-                 principal_colours, read_weights, reading, save_png, to_float, to_uint8, write_npz)
+from vae import (Folder, Packed, Perceptual, Shapes, find_checkpoint, grid, load_vae, misfits, one_line,
+                 open_images, principal_colours, read_weights, reading, save_png, to_float, to_uint8, write_npz)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")    # torch-fidelity's file has the same names and content
@@ -102,7 +102,7 @@ def load_inception(path=""):
             raise ValueError(wrong[0])
         net.load_state_dict(state)
     except Exception as error:              # a damaged file may lead its reader anywhere
-        raise ValueError(f"no FID Inception in {path or 'the internet'} ({first_line(error)}): expected the file of "
+        raise ValueError(f"no FID Inception in {path or 'the internet'} ({one_line(error)}): expected the file of "
                          f"{INCEPTION_URL}; offline: --weights=FILE") from error
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -33,7 +33,7 @@ def load_weights(net, path, part=None):
     file = torch.load(path, map_location="cpu", weights_only=True)
     state = file[part] if part else file
     for key, own in net.state_dict().items():
-        if own.dtype != state[key].dtype and not own.is_floating_point() & state[key].is_floating_point():
+        if key in state and own.is_floating_point() != state[key].is_floating_point():
             raise ValueError(f"{key} is {state[key].dtype}, expected {own.dtype}")
     net.load_state_dict(state)
     return file
@@ -48,6 +48,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def teacher_shape(name, resolution):
     """Tokens and width (T, d) of a teacher's output for images of this resolution, without loading it."""
+    if name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}: expected one of {', '.join(TEACHERS)}")
     if name == "tiny":
         return (resolution // TinyTeacher.stride) ** 2, TinyTeacher.dim
     return (resolution // 16) ** 2, DINOV2_DIMS[name.split("_")[1]]     # 16 px of the image are one 14 px patch
@@ -68,11 +70,11 @@ class DINOv2(nn.Module):
             if weights:
                 load_weights(self.net, weights)
         except Exception as error:      # hub code of any kind runs here
-            why = (str(error).splitlines() or [""])[0]
+            why = f"from {weights or 'torch.hub'} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             raise ValueError(
-                f"cannot load the teacher {name} ({type(error).__name__}: {why}): name a clone of {DINOV2_REPO} with "
-                f"--teacher_repo=DIR, and put {file} into {torch.hub.get_dir()}/checkpoints or name it with "
-                "--teacher_weights=FILE (evaluate.py: --repo, --weights)") from None
+                f"cannot load the teacher {name} {why}: name a clone of {DINOV2_REPO} with --teacher_repo=DIR, and put "
+                f"{file} into {torch.hub.get_dir()}/checkpoints or name it with --teacher_weights=FILE (evaluate.py: "
+                "--repo, --weights)") from None
         self.net.pos_embed = nn.Parameter(self.resample(self.net.pos_embed.data, self.side), requires_grad=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
@@ -166,6 +168,7 @@ def load_tiny_teacher(draw):
 
 def load_teacher(name, resolution, repo="", weights="", draw=None):
     """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], of teacher_shape's (T, d). One rank loads it first."""
+    teacher_shape(name, resolution)
     if name != "tiny":
         return DINOv2(name, resolution, repo, weights)
     if draw is None:

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
-from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict, load_vae, read_weights, reading,
-                 save_png, shared_array, to_uint8, write_npz)
+from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict, load_vae, one_line, read_weights,
+                 reading, save_png, shared_array, to_uint8, write_npz)
 
 # ---------------------------------------------- Processes. One process without torchrun; as many as it starts with it.
 
@@ -49,8 +49,8 @@ def start():
         print("note: Apple's GPU has no float64, which latent statistics and solvers need: running on the CPU")
     if world > 1 and not dist.is_initialized():
         store, *_ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # one machine's torchrun keeps a store over restarts: with
-            store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # dead ranks' keys
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # one torchrun keeps its store, and all in it, over restarts
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
                                 device_id=device if gpu else None)
     return rank, world, device
@@ -111,14 +111,14 @@ def parse(target, argv, presets=None):
             values[key] = cast(key, text if equals else next(words, None), known[key].annotation)   # or --key value
         else:
             raise ValueError(f"unknown option --{key}{nearest(key, known)}")
-    missing = [f"--{key}" for key in known if known[key].default is inspect.Parameter.empty and key not in values]
-    if missing:
-        raise ValueError(f"{target.__name__} needs {' and '.join(missing)}")
+    for key, option in known.items():
+        if option.default is option.empty and key not in values:
+            raise ValueError(f"--{key} is missing: expected {', '.join(get_args(option.annotation)) or 'a value'}")
     return target(**(chosen | values))
 
 def nearest(word, known):
     close = get_close_matches(word, known, 1, 0.5)
-    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(filter(None, known))}"
 
 def cast(key, text, kind):
     """Text -> int, float, bool or str, or one of a few words, by the field's type."""
@@ -151,12 +151,13 @@ def friendly(main):
                 dist.destroy_process_group()
         except Exception as error:
             code = 2 if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else 1
-            lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)      # a collective without its others
+            lost = dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
             if code == 1 and not lost or os.environ.get("TRACEBACK"):
                 traceback.print_exc()
             elif first_to_fail():
                 text = str(error).strip() or type(error).__name__       # a data worker's is a traceback: its last line
-                text = "another process is gone (torchrun names it): the same command goes on" if lost else text
+                if lost:        # torchrun names the process that is gone
+                    text = f"a collective failed ({one_line(error)}): if a process is gone, the same command goes on"
                 hint = ": lower --micro_batch or --batch" * isinstance(error, torch.OutOfMemoryError)
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
                 print(f"error{where}: {text.splitlines()[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
@@ -327,7 +328,8 @@ def main(argv):
 
     # every process writes its rows of one memory-mapped file: 50,000 images of 256 px never are in memory
     side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, Path(f"{out}.rows.npy")
-    rows = shared_array(raw, "|u1", (opt.count, 3, side, side))
+    with rank0_first():
+        rows = shared_array(raw, "|u1", (opt.count, 3, side, side))
     for i in tqdm(range(rank, opt.count, world * opt.batch), "sampling", disable=rank > 0):
         indices = list(range(i, min(i + world * opt.batch, opt.count), world))
         rows[indices] = model.batch(indices, [labels[j] for j in indices], opt.steps, opt.solver, opt.guidance,

@@ -37,7 +37,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from repa import TEACHERS, align_loss, load_teacher, teacher_shape
-from sample import Model, all_mean, autocast, friendly, parse, rank0_first, seed_of, start
+from sample import Model, all_mean, autocast, friendly, nearest, parse, rank0_first, seed_of, start
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
                  config_from_dict, discriminator_loss, find_checkpoint, generator_loss, grid, identity, kl_divergence,
@@ -155,7 +155,9 @@ def check(cfg, world, vae_config=None):
     zero = shares + ("repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth "
                      "recompute").split()
     for name, value in asdict(cfg).items():
-        if name in shares and not 0 <= value < 1:
+        if (words := get_args(Config.__annotations__[name])) and value not in words:
+            bad.append(f"--{name}={value}{nearest(str(value), words)}")
+        elif name in shares and not 0 <= value < 1:
             bad.append(f"--{name}={value} must be at least 0 and below 1")
         elif type(value) in (int, float) and name != "seed" and not (value > 0 or (value == 0 and name in zero)):
             bad.append(f"--{name}={value} must be positive")
@@ -415,7 +417,7 @@ def save(cfg, step, plays, resumes):
     steps = checkpoints(out)
     kept = {f"step_{old:07d}.resume.pt" for old in steps if old in steps[-cfg.keep :] or old % cfg.keep_every == 0}
     for path in out.glob("step_*.resume.pt"):
-        if path.name not in kept:
+        if re.fullmatch(r"step_\d{7,}\.resume\.pt", path.name) and path.name not in kept:
             path.with_name(path.name.replace(".resume", "")).unlink(missing_ok=True)
             path.unlink()
 
@@ -545,7 +547,7 @@ def check_replicas(world, **networks):
 def run(cfg, rank, world, device, stop=lambda: False):
     """Trains to cfg.steps, from the newest checkpoint of cfg.out if there is one. -> False if stop() ended it."""
     data = open_images(cfg.data, cfg.resolution)
-    resuming = partial(reading, cfg.out, "run's folder", "remove its newest pair of checkpoints")
+    resuming = partial(reading, cfg.out, "run's folder", "move its newest pair of checkpoints away")
     with resuming():
         pair = load_pair(cfg, rank)
     first = pair[0]["steps"] if pair else 0

@@ -24,6 +24,7 @@ Names of modules follow latent-diffusion's AutoencoderKL, so that published weig
 """
 import argparse
 import copy
+import errno
 import hashlib
 import io
 import json
@@ -48,22 +49,28 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+class Unreadable(ValueError):
+    """One line about a file."""
+
 @contextmanager
 def reading(path, kind, cure="replace it"):
     """A damaged file may lead its reader anywhere: whatever that raises becomes one line that names the file."""
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"no file at {path}, expected a {kind}") from None
+        raise Unreadable(f"no file at {path}, expected a {kind}") from None
     except Exception as error:
-        said = first_line(error)
-        if isinstance(error, ValueError) and str(path) in said:
-            raise                                               # it is such a line already
+        said = one_line(error)
+        if isinstance(error, (Unreadable, torch.OutOfMemoryError)) or type(error) is ValueError and str(path) in said:
+            raise                                               # it is such a line already, or not the file's fault
+        if isinstance(error, OSError) and error.errno:
+            raise Unreadable(f"cannot read {path} ({error.strerror})") from error
         if isinstance(error, pickle.UnpicklingError):
             said = "it holds more than weights, which is never loaded, or something else"
-        raise ValueError(f"{path} is damaged or no {kind} ({said}): {cure}") from error
+        what = "is damaged or no" if os.path.exists(path) else "is missing, expected a"
+        raise Unreadable(f"{path} {what} {kind} ({said}): {cure}") from error
 
-def first_line(error):
+def one_line(error):
     """What an exception says, in one line."""
     said = " ".join(str(error).split())[:300]
     return said if said and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {said}".strip()
@@ -180,7 +187,6 @@ class Shapes:
         def spokes(radii):
             angles = [-math.pi / 2 + k * 2 * math.pi / len(radii) for k in range(len(radii))]
             return [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles)]
-
         heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55), (0.9, -0.1), (0.5, 0.45), (0, 0.95)]
         heart = heart + [(-x, y) for x, y in heart[-2:0:-1]]
         arrow = [(0, -1), (0.8, -0.1), (0.33, -0.1), (0.33, 0.95), (-0.33, 0.95), (-0.33, -0.1), (-0.8, -0.1)]
@@ -220,7 +226,7 @@ class Packed:
             whole = all(array.dtype.kind in "iu" and array.shape == self.shape[:1] for array in (labels, sums))
             named = names.dtype.kind == "U" and names.ndim == 1 and top < len(names)
             if not whole or not named or labels.min(initial=0) < -1:
-                raise ValueError(f"arr_1 {list(labels.shape)} no labels: {self.shape[0]} images, {names.size} classes")
+                raise ValueError(f"arr_1, classes or checksums do not fit {self.shape[0]} images, {names.size} classes")
             self.classes = names.tolist()
         self.rows, self.resolution = np.flatnonzero(labels >= 0), self.shape[1]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
@@ -669,7 +675,7 @@ def load_vae(name):
             if os.path.exists(f"{stem}-discriminator-ckpt.pt"):
                 disc = read_weights(f"{stem}-discriminator-ckpt.pt")
                 if not isinstance(disc, dict) or "main.0.weight" not in disc:
-                    raise ValueError(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
+                    raise Unreadable(f"{stem}-discriminator-ckpt.pt is no PatchGAN: main.0.weight is missing")
         names = "mean of its latents", "variance of its latents"
         if stats and (wrong := misfits(dict.fromkeys(names, torch.zeros(cfg.z_channels)), dict(zip(names, stats)))):
             raise ValueError(f"{path}: the {wrong[0]}")
@@ -776,14 +782,16 @@ def shared_array(path, dtype, shape):
     blocks now: to write to a mapped file when the disk is full would be a bus error."""
     path.touch()
     with open(path, "r+b") as file:
+        held = os.path.getsize(path)
         np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
         size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
         try:
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):
+            if held < size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise ValueError(f"no room for {path}, {size / 1e9:.2f} GB ({error.strerror}): free some") from None
+        except OSError as error:            # some network file systems can't
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ValueError(f"no room for {path}, {size / 1e9:.2f} GB ({error.strerror}): free some") from None
+        file.truncate(size)
     return np.lib.format.open_memmap(path, "r+")
 
 @torch.no_grad()
@@ -831,7 +839,7 @@ class Cached:
             side = data.resolution // vae.cfg.downsampling
             form = np.float16, (len(self.checksums), 2, vae.cfg.z_channels, side, side), np.uint32, 1
             if (rows.dtype, rows.shape, self.checksums.dtype, self.checksums.ndim) != form:
-                raise ValueError(f"latents.npy holds {rows.dtype} {list(rows.shape)}, expected {list(form[1])}")
+                raise ValueError(f"latents.npy or checksums.npy is not float16 {list(form[1])} or not uint32")
         if len(self.checksums) != len(data) or not self.checksums.all():
             raise ValueError(f"{folder} is not complete: run the same vae.py encode again")
     def __len__(self):

@@ -28,6 +28,7 @@ import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -115,8 +116,8 @@ def make(root):
     (root / "hub/checkpoints").mkdir()
     digest = hashlib.sha256((root / "inception/inception.pth").read_bytes()).hexdigest()
     shutil.copy(root / "inception/inception.pth", root / f"hub/checkpoints/pt_inception-{digest[:8]}.pth")
-    torch.hub.set_dir(str(root / "hub"))
-    R.trained_once("tiny-teacher", R.TinyTeacher, 0, V.Shapes(32).draw, lambda net: 0.5)
+    with mock.patch.dict(os.environ, TORCH_HOME=str(root)):
+        R.trained_once("tiny-teacher", R.TinyTeacher, 0, V.Shapes(32).draw, lambda net: 0.5)
     torch.save({**nn.Linear(64, 64).state_dict(), "pos_embed": torch.zeros(1, 5, 8)}, root / "hub/dinov2.pth")
     (root / "hub/hubconf.py").write_text(DINO)
 

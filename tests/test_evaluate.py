@@ -356,7 +356,7 @@ def test_one_report_for_any_ranks_batch_and_origin_of_the_images(tiny, capfd):
 
 def test_sweep_and_curve(tiny):
     """Protects the list of settings: guidance that is off has no interval; each checkpoint gets its report in order."""
-    settings = ev.sweep(ev.Options(path="x", guidance="1,1.5,2", interval="0:1,0.1:0.8"), "sde", 250)
+    settings = ev.sweep(ev.Options("gen", "x", guidance="1,1.5,2", interval="0:1,0.1:0.8"), "sde", 250)
     assert [(how["guidance"], how["low"], how["high"]) for how in settings] == [
         (1, 0, 1), (1.5, 0, 1), (1.5, 0.1, 0.8), (2, 0, 1), (2, 0.1, 0.8)]
     run(tiny, "gen", tiny.run, f"--ref={tiny.folder}/ref.npz", "--count=4", *SHORT[:2], "--curve=1", "--guidance=1,2")

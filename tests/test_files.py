@@ -265,10 +265,10 @@ def test_bad_packs(tree, tmp_path):
     with pytest.raises(ValueError, match="8 px, expected 32"):
         np.savez(path, x)
         V.open_images(str(path), 32)
-    for arrays, word in ((dict(arr_0=x, arr_1=np.zeros(2, int)), "no labels: 3"), (dict(arr_0=x / 2), "expected uint8"),
+    for arrays, word in ((dict(arr_0=x, arr_1=np.zeros(2, int)), "3 images"), (dict(arr_0=x / 2), "expected uint8"),
                          (dict(arr_0=x[:, :4]), "expected uint8"),
                          (dict(arr_0=x, arr_1=[0, 1, 9], classes=["a", "b"]), "2 classes"),
-                         (dict(arr_0=x, arr_1=[-2, 0, 0]), "labels")):
+                         (dict(arr_0=x, arr_1=[-2, 0, 0]), "arr_1")):
         np.savez(path, **arrays)
         with pytest.raises(ValueError) as caught:
             V.Packed(str(path))

@@ -4,6 +4,7 @@ First letter by letter as far as that goes without a GPU, ImageNet and downloads
 all that needs no model. Then for real: the same words, and behind them settings that make the networks, the images and
 the number of steps small. What is a download is a local file of the same kind.
 """
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import study
 import train
 from sample import parse
 from test_repa import HUBCONF
@@ -118,3 +120,20 @@ def test_python_blocks(world):
     """They run behind the commands, in the same folder."""
     code = "\n".join(text for kind, text in BLOCKS if kind == "python")
     assert "torch.uint8 2 3 32 32" in execute(world, "-c", f"{code}\nprint(images.dtype, *images.shape)")
+
+
+def test_study(tmp_path):
+    """Two short runs, measured and drawn; a second call finds them done."""
+    words = ["tests/study.py", f"--out={tmp_path}", "--only=repa-e", *"--seeds=1 --jobs=1 --steps=2 --first=2".split(),
+             "--every=2", "--count=12"]
+    first, again = execute(ROOT, *words), execute(ROOT, *words)
+    assert "repa-e, seed 0: " in first and "seed 0: " not in again and again in first
+    row, = json.loads((tmp_path / "study.json").read_text())["repa-e"]["0"]
+    assert row["step"] == 2 and row["FD-tiny"] > 0 and row["PSNR"] > 0 and len(row["CKNNA of blocks at t = 0.25"]) == 4
+    assert {path.stem for path in tmp_path.glob("*.png")} == {f"study-{name}" for name in (
+        "curves", "depth", "collapse", "latents", "samples")}
+
+
+def test_table_of_the_study():
+    """The README's table is what the study has measured, to the last digit."""
+    assert study.table(json.loads((ROOT / ".github/study.json").read_text())) in README

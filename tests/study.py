@@ -103,9 +103,9 @@ def gather(out):
 
 
 COLUMNS = {     # of the table: title, key, decimals, factor
-    "FD": ("FD-tiny", 2, 1), "guided": ("FD-tiny at guidance 2", 2, 1),
-    "accuracy %": ("accuracy", 1, 100), "guided ": ("accuracy at guidance 2", 1, 100), "cosine": ("cosine", 3, 1),
-    "CKNNA, best block": ("CKNNA", 3, 1), "PSNR dB": ("PSNR", 2, 1), "spatial variance": ("spatial variance", 3, 1),
+    "FD": ("FD-tiny", 2, 1), "FD, guidance 2": ("FD-tiny at guidance 2", 2, 1),
+    "accuracy %": ("accuracy", 1, 100), "accuracy %, guidance 2": ("accuracy at guidance 2", 1, 100), "cosine": ("cosine", 3, 1),
+    "CKNNA": ("CKNNA", 3, 1), "PSNR dB": ("PSNR", 2, 1), "spatial variance": ("spatial variance", 3, 1),
     "total variation": ("total variation", 1, 1)}
 
 
@@ -135,10 +135,12 @@ def curve(seeds, key):
 
 
 def draw(results, out, figures):
-    """The figures, each from the runs that are there."""
+    """The figures, each from the runs that are there: means over the seeds in a band from the least to the most."""
+    Path(figures).mkdir(parents=True, exist_ok=True)
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110,
                          "figure.constrained_layout.use": True})
     colours = dict(zip(VARIANTS, ("tab:gray", "tab:blue", "tab:red", "tab:orange", "tab:green")))
@@ -150,16 +152,20 @@ def draw(results, out, figures):
             axis.plot(steps, values.mean(0), "o-", color=colours[name], label=VARIANTS[name][0], markersize=3)
             axis.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.2, linewidth=0)
         axis.set(title=title, xlabel="steps", yscale="log" if log else "linear")
+        if log:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
 
     def save(figure, name):
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
         figure.savefig(Path(figures) / f"{name}.png")
         plt.close(figure)
 
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
-    lines(axes[0], "FD-tiny", shown, "Fréchet distance of samples (lower is better)", log=True)
+    lines(axes[0], "FD-tiny", shown, "Fréchet distance of samples", log=True)
     lines(axes[1], "accuracy", shown, "share of samples of the right class")
     lines(axes[2], "CKNNA", shown, "alignment with the teacher (CKNNA)")
-    axes[0].legend(frameon=False, fontsize=8)
     save(figure, "study-curves")
 
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
@@ -169,7 +175,6 @@ def draw(results, out, figures):
             axis.plot(range(1, len(depth) + 1), depth, "o-", color=colours[name], label=VARIANTS[name][0], markersize=3)
         axis.set(title=f"t = {t}", xlabel="block", ylim=(0, None))
     axes[0].set_ylabel("CKNNA with the teacher")
-    axes[0].legend(frameon=False, fontsize=7)
     save(figure, "study-depth")
 
     joint = [name for name in ("repa-e", "naive") if name in results]
@@ -178,7 +183,6 @@ def draw(results, out, figures):
                                          ("total variation", "total variation of the latents"),
                                          ("PSNR", "reconstruction, PSNR in dB"), ("FD-tiny", "Fréchet distance"))):
         lines(axis, key, joint, title, log=key != "PSNR")
-    axes[0].legend(frameon=False, fontsize=8)
     save(figure, "study-collapse")
     pictures(out, figures, shown)
 
@@ -216,7 +220,7 @@ def pictures(out, figures, shown):
             rows[title] = grid(principal_colours(z, 32), 12)
     labelled(rows, Path(figures) / "study-latents.png")
     labels = [label for label in range(10) for _ in range(2)]
-    labelled({VARIANTS[name][0]: grid(load_model(Path(out) / f"{name}-0")(labels, 50, "ab2", 1.0), 20)
+    labelled({VARIANTS[name][0]: grid(load_model(Path(out) / f"{name}-0")(labels, 50, "ab2", 2.0), 20)
               for name in shown if (Path(out) / f"{name}-0" / "evaluated.json").exists()},
              Path(figures) / "study-samples.png", 1)
 

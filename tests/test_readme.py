@@ -100,7 +100,8 @@ def small(script, words):
     return {"pack": ["--resolution=32"], "encode": ["--batch=8"]}.get(words[0], [])
 
 
-LOCAL = {"--classes=207,360": "--classes=2,3", "hf:REPA-E/e2e-vavae-hf": "runs/repa-e", "hf:REPA-E/sit-repae-sdvae/checkpoints/0400000.pt": "runs/repa-e"}
+LOCAL = {"--classes=207,360": "--classes=2,3", "hf:REPA-E/e2e-vavae-hf": "runs/repa-e",
+         "hf:REPA-E/sit-repae-sdvae/checkpoints/0400000.pt": "runs/repa-e"}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -112,7 +113,7 @@ def test_command(line, world):
     script, words = words[at], words[at + 1 :]
     if script == "train.py":
         execute(world, script, *words, "--dry=1")
-    local = LOCAL | ({"runs/repa-e": "narrow.pt"} if words[0] == "export" else {})       # no other format has tiny's VAE
+    local = LOCAL | ({"runs/repa-e": "narrow.pt"} if words[0] == "export" else {})      # no format has tiny's VAE
     execute(world, script, *(local.get(word, word) for word in words), *small(script, words), ranks=ranks)
 
 

@@ -28,9 +28,9 @@ def align_loss(projected, target):
 
 def load_weights(net, path, part=None):
     """A file's weights (or a part of it) into the net, checksums and types compared -> the file's content."""
-    if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+    if (zipped := zipfile.is_zipfile(path)) and (bad := zipfile.ZipFile(path).testzip()):
         raise ValueError(f"the checksum of {bad} differs")
-    file = torch.load(path, map_location="cpu", weights_only=True)
+    file = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     state = file[part] if part else file
     for key, own in net.state_dict().items():
         if key in state and own.is_floating_point() != state[key].is_floating_point():

@@ -491,7 +491,7 @@ def start_from(sit, path):
     file, own = read_weights(find_checkpoint(path)), sit.state_dict()
     if "ema" not in file:
         raise ValueError(f"--init={path} holds no SiT: for its VAE alone use --vae={path}")
-    fits = {key: value for key, value in file["ema"].items() if key in own and value.shape == own[key].shape}
+    fits = {key: file["ema"][key] for key in own.keys() & file["ema"] if not misfits({key: own[key]}, file["ema"])}
     fresh = sorted(own.keys() - fits.keys())
     if wrong := [key for key in fresh if not key.startswith(("y_embedder.", "pos_embed", "projectors."))]:
         raise ValueError(f"--init={path} does not fit --sit: {', '.join(wrong[:3])} and so on are missing or misshapen")

@@ -104,7 +104,8 @@ def gather(out):
 
 COLUMNS = {     # of the table: title, key, decimals, factor
     "FD": ("FD-tiny", 2, 1), "FD, guidance 2": ("FD-tiny at guidance 2", 2, 1),
-    "accuracy %": ("accuracy", 1, 100), "accuracy %, guidance 2": ("accuracy at guidance 2", 1, 100), "cosine": ("cosine", 3, 1),
+    "accuracy %": ("accuracy", 1, 100), "accuracy %, guidance 2": ("accuracy at guidance 2", 1, 100),
+    "cosine": ("cosine", 3, 1),
     "CKNNA": ("CKNNA", 3, 1), "PSNR dB": ("PSNR", 2, 1), "spatial variance": ("spatial variance", 3, 1),
     "total variation": ("total variation", 1, 1)}
 

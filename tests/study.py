@@ -1,6 +1,6 @@
 """The paper in miniature: its comparisons and ablations on the tiny world, from one command, on a CPU.
 
-    python tests/study.py                                   # everything: about two hours on two cores
+    python tests/study.py                                   # everything: less than two hours on two cores
     python tests/study.py --only=sit,repa,repa-e --seeds=1  # some of it; what is done is not done again
     python tests/study.py --draw_only=1                        # table and figures again, from what is there
 

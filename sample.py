@@ -145,10 +145,9 @@ def first_to_fail():
 def friendly(main):
     """Runs main(argv); a user's mistake (ValueError, OSError) ends in one line and exit code 2 (TRACEBACK=1: all)."""
     def run():
+        code = 0
         try:
             main(sys.argv[1:])
-            if dist.is_initialized():
-                dist.destroy_process_group()
         except Exception as error:
             code = 2 if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else 1
             lost = dist.is_initialized() and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
@@ -161,11 +160,12 @@ def friendly(main):
                 hint = ": lower --micro_batch or --batch" * isinstance(error, torch.OutOfMemoryError)
                 where = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
                 print(f"error{where}: {text.splitlines()[-1].removeprefix('ValueError: ')}{hint}", file=sys.stderr)
-            sys.stdout.flush()
             traceback.clear_frames(error.__traceback__)     # data workers end with their loader
-            if dist.is_initialized():
-                time.sleep(1)       # torchrun names the process that it finds gone first: one that was killed, not this
-                os._exit(code)      # though others may wait in a collective: torchrun ends them when this is gone
+            time.sleep(dist.is_initialized())       # torchrun names the one it finds gone first: a killed one, not this
+        sys.stdout.flush()
+        if dist.is_initialized():
+            os._exit(code)      # others may wait in a collective; and threads of the groups could abort an ordinary end
+        if code:
             sys.exit(code)
     return run
 

@@ -63,7 +63,7 @@ def reading(path, kind, cure="replace it"):
         said = one_line(error)
         if isinstance(error, (Unreadable, torch.OutOfMemoryError)) or type(error) is ValueError and str(path) in said:
             raise                                               # it is such a line already, or not the file's fault
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):      # a damaged zip seeks anywhere
             raise Unreadable(f"cannot read {path} ({error.strerror})") from error
         if isinstance(error, pickle.UnpicklingError):
             said = "it holds more than weights, which is never loaded, or something else"
@@ -372,7 +372,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))    # [B, 1, hw, c]
+        q, k, v = (f(h).flatten(2).mT.contiguous()[:, None] for f in (self.q, self.k, self.v))    # [B, 1, hw, c]
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
 

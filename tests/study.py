@@ -2,9 +2,10 @@
 
     python tests/study.py                                   # everything: less than two hours on two cores
     python tests/study.py --only=sit,repa,repa-e --seeds=1  # some of it; what is done is not done again
-    python tests/study.py --draw_only=1                        # table and figures again, from what is there
+    python tests/study.py --draw_only=1                     # table and figures again, from what is there
 
-Every run sees the same images and takes the same number of SiT steps from the same first-stage VAE of its seed. At
+Every run sees the same images and takes the same number of SiT steps, all but `scratch` from the same first-stage VAE
+of its seed (`second`: from what REPA-E made of it). At
 each checkpoint the EMA SiT draws images (ab2, 25 steps, no guidance, random labels), which a classifier judges that
 shares nothing with the teacher: Fréchet distance in its features, and how often it sees the class that was asked for.
 In --out: a folder for each run, study.json (all values), and the figures; --figures=.github puts those elsewhere.

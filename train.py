@@ -208,7 +208,6 @@ class Order(torch.utils.data.Sampler):
     def __init__(self, length, cfg, rank, world, first_step, stream="epoch"):
         self.length, self.cfg, self.rank, self.world = length, cfg, rank, world
         self.first, self.stream = first_step, stream
-
     def __iter__(self):
         epoch, share, micro = None, self.cfg.batch // self.world, self.cfg.micro_batch
         for position in range(self.first * self.cfg.batch + self.rank * share, 2**62, self.cfg.batch):
@@ -277,12 +276,11 @@ def syncing(now, *networks):
 @torch.no_grad()
 def ema_update(average, model, decay, ok):
     """average += (1 - decay) (model - average), parameters and float buffers; counters are copied. Only where ok."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    ours, theirs = zip(*((a, b) for a, b in pairs if a.is_floating_point()))
-    torch._foreach_mul_(change := torch._foreach_sub(theirs, ours), (1 - decay) * ok.float())
-    torch._foreach_add_(ours, change)
-    for a, b in pairs:
-        if not a.is_floating_point():
+    share = (1 - decay) * ok.float()
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        if a.is_floating_point():
+            a.lerp_(b, share)                       # in place: a copy of the whole network would cost more than the sum
+        else:
             a.copy_(torch.where(ok, b, a))
 
 def all_finite(*values):

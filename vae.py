@@ -494,7 +494,6 @@ class Discriminator(nn.Module):
             conv, norm = nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out)
             nn.init.normal_(norm.weight, 1.0, 0.02)
             return conv, norm, nn.LeakyReLU(0.2)
-
         self.main = nn.Sequential(
             nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
             *layer(ch, 2 * ch, 2), *layer(2 * ch, 4 * ch, 2), *layer(4 * ch, 8 * ch, 1),
@@ -649,10 +648,9 @@ def config_from_dict(cls, values):
 
 def load_vae(name):
     """A VAE by name or path -> vae; its latents' mean and variance ([C] each) or None; its discriminator's state dict
-    or None. `name` is a preset of VAES (random weights); `sdvae`, `invae`, `vavae` (the authors' start weights) or
-    `hf:OWNER/NAME[/FOLDER]` (a diffusers AutoencoderKL), downloaded once to torch.hub's cache; a checkpoint of ours or
-    of the authors, or a run's folder; an AutoencoderKL's folder; a file with latent-diffusion's names, which may have
-    `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` beside it."""
+    or None. A name: of VAES (random weights); `sdvae`, `invae`, `vavae` (the authors') or `hf:OWNER/NAME[/FOLDER]`
+    (a diffusers AutoencoderKL), downloaded once. A path: a checkpoint or run of ours or the authors'; an AutoencoderKL;
+    latent-diffusion's names, with `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` beside it or without."""
     if name in VAES:
         return VAE(VAES[name]), None, None
     path, stats, disc = find_checkpoint(name), None, None

@@ -2,7 +2,7 @@
 
     python tests/bench.py --preset=tiny
     python tests/bench.py step frozen sampling --preset=sdvae --peer=REPA-E     # beside a checkout of the authors'
-    python tests/bench.py count memory --preset=sdvae       # FLOPs and bytes on tensors without storage: needs no GPU
+    python tests/bench.py count memory traffic --preset=sdvae       # FLOPs, bytes kept and moved: needs no GPU
     python tests/bench.py evaluation        # features beside torch-fidelity's in turns, metrics of 50,000 samples
     python tests/bench.py data              # reading images: a folder of JPEGs, and the same packed
 
@@ -22,14 +22,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._inductor.lowering  # noqa: F401 (decompositions look into it)
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import train  # noqa: E402
 from sample import Model, euler_maruyama, guided, parse, start  # noqa: E402
-from sit import SiT  # noqa: E402
 from steps import Ours, Peer  # noqa: E402
 from vae import PUBLISHED, VAE, VAES  # noqa: E402
 
@@ -214,56 +217,98 @@ def kept_bytes(networks, function):
         alive.append(function())
     return sum(sizes.values())
 
+# torch.compile's own split into forward and backward, which decides what is kept, without code for any device
+SPLIT = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graph,
+                     partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+
+def split(net):
+    net.compile(backend=SPLIT, dynamic=False)
+    return net
+
+@contextmanager
+def as_on_a_gpu():
+    """bfloat16 by CUDA's rules, of which a CPU's differ in norms and attention."""
+    attention, norms = F.scaled_dot_product_attention, (F.group_norm, F.layer_norm)
+    F.scaled_dot_product_attention = lambda q, k, v: (
+        torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0])
+    F.group_norm, F.layer_norm = (lambda x, *a, norm=norm, **more: norm(x.float(), *a, **more) for norm in norms)
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+    F.scaled_dot_product_attention, (F.group_norm, F.layer_norm) = attention, norms
+
 def bench_memory(cfg):
-    """What a GPU would hold, counted: fake CUDA tensors under CUDA's own autocast lists, without compile. An estimate:
-    gradients in flight, cuDNN's workspaces and the allocator's gaps come on top, and compile keeps less."""
-    attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, (
-        lambda q, k, v: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0])
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    shape, cpu = (3, cfg.resolution, cfg.resolution), torch.device("cpu")
-    counts = defaultdict(list)      # {part: bytes of 1 and of 2 images}
+    """What a GPU would hold, counted with and without torch.compile. An estimate: gradients in flight, cuDNN's
+    workspaces and the allocator's gaps come on top."""
     levels = len(VAES[PUBLISHED.get(cfg.vae, cfg.vae)].ch_mult)
+    for title, maybe in (("--compile=0", lambda net: net), ("--compile=1", split)):
+        counts = defaultdict(list)      # {part: bytes of 1 and of 2 images}
+        for B in (1, 2):
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            ours = Ours(cfg, torch.device("cpu"), fake)
+            perceptual, disc, sit = maybe(ours.perceptual), maybe(ours.disc), ours.sit
+            for block in sit.blocks:
+                maybe(block)
+            with fake:
+                x = torch.rand(B, 3, cfg.resolution, cfg.resolution)
+                z, noise = (torch.rand(B, *ours.latent) for _ in range(2))
+                t, y, rec = torch.rand(B), torch.zeros(B, dtype=torch.long), x.clone().requires_grad_()
+                with train.frozen(disc):
+                    counts["LPIPS and D's share"].append(kept_bytes(
+                        [perceptual, disc], lambda: (perceptual(x, rec), disc(rec))))
+                with as_on_a_gpu():
+                    counts["SiT step"].append(kept_bytes([sit], lambda: sit(z, t, y)))
+                    for n in range(levels + 1):
+                        torch._dynamo.reset()           # lest it gives up after so many variants
+                        vae = VAE(ours.vae.cfg)
+                        for level in [*vae.encoder.down[:n], *vae.decoder.up[:n]]:
+                            level.recompute = True
+                        counts[f"VAE, --recompute={n}"].append(kept_bytes([vae], lambda: maybe(vae)(x, noise)))
+                    block = maybe(VAE(ours.vae.cfg).encoder.down[0].block[0])
+                    h = torch.rand(B, vae.cfg.ch, *x.shape[2:], requires_grad=True, dtype=torch.bfloat16)
+                    counts["one block, computed again"].append(kept_bytes([block], lambda: block(h)))
+                    with train.frozen(sit):
+                        z.requires_grad_()
+                        counts["alignment pass"].append(kept_bytes([sit], lambda: sit.align_only(z, t, y)))
+        image = {name: two - one for name, (one, two) in counts.items()}
+        fixed = {name: one - image[name] for name, (one, _) in counts.items()}
+        for name in counts:
+            print(f"{title}, kept for the backward, {name:28s} {image[name] / 2**20:8.1f} MiB an image + "
+                  f"{fixed[name] / 2**20:.1f} MiB")
+        numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in ours.nets.items()}
+        frozen = sum(p.numel() for net in (ours.teacher, ours.perceptual) for p in net.parameters())
+        state = 4 * (3 * sum(numbers.values()) + numbers["sit"] + frozen)       # weights, AdamW's two, EMA
+        for n in range(levels + 1):
+            joint = [f"VAE, --recompute={n}", "LPIPS and D's share", "alignment pass"]
+            joint += ["one block, computed again"] * (n > 0)
+            vae_step = sum(cfg.batch * image[name] + fixed[name] for name in joint) + 4 * numbers["vae"]
+            sit_step = cfg.batch * image["SiT step"] + fixed["SiT step"] + 4 * sum(numbers.values())
+            print(f"{title} --recompute={n}, {cfg.batch} images: weights, AdamW, EMA {state / 2**30:.1f} GiB + the "
+                  f"larger of the VAE step's {vae_step / 2**30:.1f} and the SiT step's {sit_step / 2**30:.1f} GiB = "
+                  f"{(state + max(vae_step, sit_step)) / 2**30:.1f} GiB")
+
+def bench_traffic(cfg):
+    """Bytes that torch.compile's kernels for the VAE read and write, forward and backward, by its own count of what it
+    fused for a CPU in bfloat16, at a quarter of the resolution; a GPU's kernels differ in detail. Some minutes."""
+    from torch._inductor import compile_fx, config, metrics
+    config.force_disable_caches = True                              # else the count is not made
+    compile_fx.inductor_metrics_log.setLevel("INFO")
+    compile_fx.inductor_metrics_log.addFilter(lambda record: False)
+    attention, side, counts = F.scaled_dot_product_attention, cfg.resolution // 4, []
     for B in (1, 2):
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        ours = Ours(cfg, cpu, fake)
-        with fake:
-            x, rec = torch.rand(B, *shape), torch.rand(B, *shape, requires_grad=True)
-            with train.frozen(ours.disc):
-                counts["LPIPS and D's share"].append(kept_bytes(
-                    [ours.perceptual, ours.disc], lambda: (ours.perceptual(x, rec), ours.disc(rec))))
-            with torch.device("cuda"):
-                vae, sit = VAE(ours.vae.cfg), SiT(ours.sit.cfg)
-                x, z, noise = (torch.rand(B, *s) for s in (shape, ours.latent, ours.latent))
-                t, y = torch.rand(B), torch.zeros(B, dtype=torch.long)
-                counts["SiT step"].append(kept_bytes([sit], lambda: sit(z, t, y)))
-                for n in range(levels + 1):
-                    for level in [*vae.encoder.down[:n], *vae.decoder.up[:n]]:
-                        level.recompute = True
-                    counts[f"VAE, --recompute={n}"].append(kept_bytes([vae], lambda: vae(x, noise)))
-                h = torch.rand(B, vae.cfg.ch, *shape[1:], requires_grad=True, dtype=torch.bfloat16)
-                counts["one block, computed again"].append(kept_bytes([vae], lambda: vae.encoder.down[0].block[0](h)))
-                with train.frozen(sit):
-                    z.requires_grad_()
-                    counts["alignment pass"].append(kept_bytes([sit], lambda: sit.align_only(z, t, y)))
-    F.scaled_dot_product_attention = attention
-    torch.set_autocast_enabled("cuda", False)
-    image = {name: two - one for name, (one, two) in counts.items()}
-    fixed = {name: one - image[name] for name, (one, _) in counts.items()}
-    for name in counts:
-        print(f"kept for the backward, {name:28s} {image[name] / 2**20:8.1f} MiB an image + "
-              f"{fixed[name] / 2**20:.1f} MiB")
-    numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in ours.nets.items()}
-    frozen = sum(p.numel() for net in (ours.teacher, ours.perceptual) for p in net.parameters())
-    state = 4 * (3 * sum(numbers.values()) + numbers["sit"] + frozen)           # weights, AdamW's two, EMA
-    for n in range(levels + 1):
-        joint = [f"VAE, --recompute={n}", "LPIPS and D's share", "alignment pass"]
-        joint += ["one block, computed again"] * (n > 0)
-        vae_step = sum(cfg.batch * image[name] + fixed[name] for name in joint) + 4 * numbers["vae"]
-        sit_step = cfg.batch * image["SiT step"] + fixed["SiT step"] + 4 * sum(numbers.values())
-        print(f"--recompute={n}, {cfg.batch} images: weights, AdamW, EMA {state / 2**30:.1f} GiB + the larger of the "
-              f"VAE step's {vae_step / 2**30:.1f} and the SiT step's {sit_step / 2**30:.1f} GiB = "
-              f"{(state + max(vae_step, sit_step)) / 2**30:.1f} GiB")
+        torch._dynamo.reset()
+        metrics.reset()
+        vae = VAE(VAES[PUBLISHED.get(cfg.vae, cfg.vae)]).to(memory_format=torch.channels_last)
+        latent = side // vae.cfg.downsampling
+        with as_on_a_gpu():
+            F.scaled_dot_product_attention = attention              # the other one has no CPU kernel
+            z, rec, _, _ = torch.compile(vae, dynamic=False)(
+                torch.rand(B, 3, side, side), torch.rand(B, vae.cfg.z_channels, latent, latent))
+        forward = metrics.num_bytes_accessed
+        (z.sum() + rec.sum()).backward()
+        counts.append((forward, metrics.num_bytes_accessed - forward))
+    forward, backward = (16 * (two - one) / 1e9 for one, two in zip(*counts))
+    print(f"compiled VAE at {cfg.resolution} px, read and written for an image: forward {forward:.1f} GB, backward "
+          f"{backward:.1f} GB")
 
 # ----------------------------------------------------------------------------------- Evaluation and data.
 
@@ -350,7 +395,7 @@ def main():
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     options = [word for word in sys.argv[1:] if word.startswith("--")]
     checkout = next((word.partition("=")[2] for word in options if word.startswith("--peer=")), None)
-    if wrong := set(words) - {"step", "frozen", "sampling", "count", "memory", "evaluation", "data"}:
+    if wrong := set(words) - set("step frozen sampling count memory traffic evaluation data".split()):
         sys.exit(f"unknown {' '.join(wrong)}: see the head of this file")
     cfg = parse(train.Config, [word for word in options if not word.startswith("--peer=")], train.PRESETS)
     cfg.batch = min(cfg.batch, cfg.micro_batch)     # one micro-batch: what a device has at a time
@@ -363,8 +408,8 @@ def main():
             bench_step(cfg, device, {"step": "step", "frozen": "frozen_step"}[word], word, checkout)
         elif word == "sampling":
             bench_sampling(cfg, device, checkout)
-        elif word in ("count", "memory"):
-            {"count": bench_count, "memory": bench_memory}[word](cfg)
+        elif word in ("count", "memory", "traffic"):
+            {"count": bench_count, "memory": bench_memory, "traffic": bench_traffic}[word](cfg)
         else:
             {"evaluation": evaluation, "data": data}[word]()
 

@@ -71,6 +71,8 @@ class Ours:
                 perceptual.to(device)
             self.ema = copy.deepcopy(self.sit).requires_grad_(False)
             self.opts = {name: train.make_optimizer(net, 1e-4) for name, net in self.nets.items()}
+        for level in [*vae.encoder.down[: cfg.recompute], *vae.decoder.up[: cfg.recompute]]:
+            level.recompute = True
         if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
             self.vae_fast = torch.compile(vae, dynamic=False)
             for module in filter(None, [*self.sit.blocks, self.disc, teacher, perceptual]):

@@ -241,9 +241,9 @@ def test_two_ranks_equal_one(tmp_path):
         assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
-@pytest.mark.parametrize("extra", [(), ("--stop_grad=0", "--repa_vae=0")])
+@pytest.mark.parametrize("extra", [(), ("--stop_grad=0", "--repa_vae=0"), ("--compile=1", "--recompute=1")])
 def test_two_ranks_stay_replicas(tmp_path, extra):
-    """With GAN and accumulation, and in the naive ablation, both ranks' weights are equal at each save."""
+    """With GAN and accumulation, in the naive ablation, and compiled, both ranks' weights are equal at each save."""
     extra = ("--micro_batch=2", "--steps=4", "--save_every=2", *extra)
     execute(*SMALL, *extra, f"--out={tmp_path / 'r'}", launcher=torchrun(2))
     assert train.checkpoints(tmp_path / "r") == [2, 4]

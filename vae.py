@@ -384,9 +384,15 @@ def downsample(c):
     """[B, c, h, w] -> [B, c, h/2, w/2]: padded on the right and at the bottom only, as in latent-diffusion."""
     return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
-def upsample(c):
-    """[B, c, h, w] -> [B, c, 2h, 2w]."""
-    return chain(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1))
+class Upsample(nn.Module):
+    """[B, c, h, w] -> [B, c, 2h, 2w]: each pixel becomes 2x2 equal ones, then a 3x3 convolution. As one transposed
+    convolution, whose 4x4 kernel is the sum of the 3x3 one in its 2x2 places, that takes 4/9 of the products."""
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+    def forward(self, x):
+        kernel = 4 * F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1)         # [c, c, 4, 4], a sum by 4 * mean
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 def middle(c, groups):
     return chain(block_1=ResBlock(c, c, groups), attn_1=Attention(c, groups), block_2=ResBlock(c, c, groups))
@@ -435,7 +441,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()                                                       # up[i]: same side as down[i]
         for i, (c_in, c_out) in enumerate(zip(widths[1:] + widths[-1:], widths)):
             self.up.append(Level(c_in, c_out, cfg.num_res_blocks + 1, cfg.groups, cfg.attn_last and i == last))
-            self.up[i].upsample = upsample(c_out) if i > 0 else nn.Identity()
+            self.up[i].upsample = Upsample(c_out) if i > 0 else nn.Identity()
         self.norm_out = nn.GroupNorm(cfg.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * cfg.patch**2, 3, padding=1)
     def forward(self, z):
@@ -495,9 +501,8 @@ class Discriminator(nn.Module):
             nn.init.normal_(norm.weight, 1.0, 0.02)
             return conv, norm, nn.LeakyReLU(0.2)
         self.main = nn.Sequential(
-            nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2),
-            *layer(ch, 2 * ch, 2), *layer(2 * ch, 4 * ch, 2), *layer(4 * ch, 8 * ch, 1),
-            nn.Conv2d(8 * ch, 1, 4, 1, 1))
+            nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2), *layer(ch, 2 * ch, 2), *layer(2 * ch, 4 * ch, 2),
+            *layer(4 * ch, 8 * ch, 1), nn.Conv2d(8 * ch, 1, 4, 1, 1))
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -650,7 +655,7 @@ def load_vae(name):
     """A VAE by name or path -> vae; its latents' mean and variance ([C] each) or None; its discriminator's state dict
     or None. A name: of VAES (random weights); `sdvae`, `invae`, `vavae` (the authors') or `hf:OWNER/NAME[/FOLDER]`
     (a diffusers AutoencoderKL), downloaded once. A path: a checkpoint or run of ours or the authors'; an AutoencoderKL;
-    latent-diffusion's names, with `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt` beside it or without."""
+    latent-diffusion's names, and if they lie beside it `<stem>-latents-stats.pt` and `<stem>-discriminator-ckpt.pt`."""
     if name in VAES:
         return VAE(VAES[name]), None, None
     path, stats, disc = find_checkpoint(name), None, None

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_vae.py
 """
+import copy
 import math
 import os
 import pickle
@@ -242,6 +243,32 @@ def vgg(tmp_path_factory):
     (home / "hub/checkpoints").mkdir(parents=True)
     torch.save(state, home / "hub/checkpoints/vgg16-397923af.pth")
     return home
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_is_doubling_and_a_convolution(layout):
+    """The transposed convolution with the summed kernel: values and all gradients, in float64, of an odd side."""
+    ours = V.Upsample(6).double().to(memory_format=layout)
+    x = noise(2, 6, 5, 7).double().contiguous(memory_format=layout).requires_grad_()
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), ours.conv.weight, ours.conv.bias, padding=1)
+    wanted, seed = [x, *ours.parameters()], noise(*expected.shape, seed=1).double()
+    assert torch.allclose(ours(x), expected, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours(x), wanted, seed), torch.autograd.grad(expected, wanted, seed)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_compiled_vae_equals_eager():
+    """Levels, up- and downsampling, and activations computed again, under torch.compile: values and gradients."""
+    torch.manual_seed(0)
+    eager = V.VAE(V.VAEConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, groups=4)).to(memory_format=torch.channels_last)
+    compiled, (x, eps) = copy.deepcopy(eager), (noise(2, 3, 16, 16), noise(2, 4, 8, 8))
+    compiled.encoder.down[0].recompute = compiled.decoder.up[0].recompute = True
+    for net, forward in ((eager, eager), (compiled, torch.compile(compiled, dynamic=False, fullgraph=True))):
+        z, rec, _, _ = forward(x, eps)
+        (rec.square().mean() + z.square().mean()).backward()
+    for a, b in zip([rec, *(p.grad for p in compiled.parameters())],
+                    [eager(x, eps)[1], *(p.grad for p in eager.parameters())]):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_perceptual_equals_lpips(vgg, monkeypatch):

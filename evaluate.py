@@ -382,7 +382,7 @@ def gen(opt, device):
     about = {"N": n, "reference": opt.ref, "sha256": real["sha256"][:12], "features": net.name}
     for file, how in runs:
         if how:
-            model = load(file).compile_for(n // ranks()[1])     # a sweep reads its checkpoint once
+            model = load(file).compile_for(n)   # a sweep reads its checkpoint once
             data, about = Generated(model, opt.labels, how), {**about, "step": model.step, "labels": opt.labels, **how}
         values = compare(collect(data, n, net, opt.batch, f"{file} {how or ''}"), real, net)
         report(file, "gen", values, about, usual, header=(file, how) == runs[0])

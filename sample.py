@@ -242,7 +242,7 @@ class Model:
             zn = SOLVERS[solver](velocity, noise(), steps, *((noise, cfg.path) if solver == "sde" else ()))
         return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
     def compile_for(self, count):
-        """Compiles SiT's blocks where that pays: on a GPU, for a thousand images or more."""
+        """Compiles SiT's blocks on a GPU for a thousand images or more, in all (TORCH_COMPILE_DISABLE=1: never)."""
         for block in self.sit.blocks if count >= 1000 and self.sit.pos_embed.is_cuda else ():
             block.compile(dynamic=False)
         return self
@@ -324,12 +324,11 @@ def main(argv):
     opt = parse(Options, argv)
     check(opt)
     rank, world, device = start()
-    model = load_model(opt.path, device, opt.vae).compile_for(opt.count // world)
+    model = load_model(opt.path, device, opt.vae).compile_for(opt.count)
     out = Path(opt.out or ("grid.png" if opt.count <= 100 else "samples.npz"))
     chosen = parse_classes(opt.classes, model.classes) if opt.classes else None
     labels = [chosen[i % len(chosen)] if chosen else choose_label(opt.labels, opt.seed, i, len(model.classes))
               for i in range(opt.count)]
-
     # every process writes its rows of one memory-mapped file: 50,000 images of 256 px never are in memory
     side, raw = model.sit.cfg.size * model.vae.cfg.downsampling, Path(f"{out}.rows.npy")
     with rank0_first():

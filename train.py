@@ -58,7 +58,6 @@ from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAECon
 
 @dataclass
 class Config:
-    # what
     out: str = "runs/repa-e"        # the run's folder; the same command again resumes from it
     data: str = "data/imagenet/train"   # a tree of class folders, an .npz of vae.py pack, or tiny (drawn on demand)
     latents: str = ""               # a cache by vae.py encode, instead of encoding with the frozen VAE
@@ -279,7 +278,7 @@ def ema_update(average, model, decay, ok):
     share = (1 - decay) * ok.float()
     for a, b in zip(average.state_dict().values(), model.state_dict().values()):
         if a.is_floating_point():
-            a.lerp_(b, share)                       # in place: a copy of the whole network would cost more than the sum
+            a.lerp_(b, share)
         else:
             a.copy_(torch.where(ok, b, a))
 
@@ -455,7 +454,6 @@ def build(cfg, data, pair, world, device):
         load_strict(vae, pair[0]["vae"], f"{cfg.out}: its VAE")
     if problems := check(cfg, world, vae.cfg):
         raise ValueError(problems[0])
-
     if cfg.sit != "none":
         depth, width, heads, patch, align_depth = architecture(cfg)
         dims = (teacher_shape(cfg.teacher, cfg.resolution)[1],) if cfg.repa_sit else ()
@@ -563,7 +561,6 @@ def run(cfg, rank, world, device, stop=lambda: False):
     accumulate = cfg.batch // world // micro
     source = Cached(data, cfg.latents, vae, images=teacher is not None) if cfg.latents else data
     stream = partial(batches_of, source, cfg, rank, world, device)
-
     # what is trained, each with its own AdamW. EMA copies are taken before anything is compiled
     vae.requires_grad_(cfg.train_vae)
     trained = {name: net for name, net in (("vae", cfg.train_vae and vae), ("disc", disc), ("sit", sit)) if net}

@@ -19,14 +19,11 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
-import torch._inductor.lowering  # noqa: F401 (decompositions look into it)
 import torch.nn.functional as F
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +53,7 @@ def largest_difference(ours, peer, step, args):
 def counted(cfg, step):
     """ours.step (or .frozen_step) without storage, one image -> {part: FLOPs}."""
     fake, flops = FakeTensorMode(allow_non_fake_inputs=True), defaultdict(int)
-    ours = Ours(replace(cfg, batch=1, compile="0"), torch.device("cpu"), fake)
+    ours = Ours(replace(cfg, batch=1, compile="0", recompute=0), torch.device("cpu"), fake)     # useful FLOPs alone
 
     @contextmanager
     def part(name):
@@ -217,12 +214,18 @@ def kept_bytes(networks, function):
         alive.append(function())
     return sum(sizes.values())
 
-# torch.compile's own split into forward and backward, which decides what is kept, without code for any device
-SPLIT = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graph,
-                     partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+@cache
+def splitting():
+    """torch.compile's own split into forward and backward, which decides what is kept, without code for any device."""
+    import torch._inductor.lowering         # decompositions look into it
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    return aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graph,
+                        partition_fn=min_cut_rematerialization_partition,
+                        decompositions=torch._inductor.decomposition.select_decomp_table())
 
 def split(net):
-    net.compile(backend=SPLIT, dynamic=False)
+    net.compile(backend=splitting(), dynamic=False)
     return net
 
 @contextmanager
@@ -232,9 +235,11 @@ def as_on_a_gpu():
     F.scaled_dot_product_attention = lambda q, k, v: (
         torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0])
     F.group_norm, F.layer_norm = (lambda x, *a, norm=norm, **more: norm(x.float(), *a, **more) for norm in norms)
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
-    F.scaled_dot_product_attention, (F.group_norm, F.layer_norm) = attention, norms
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        F.scaled_dot_product_attention, (F.group_norm, F.layer_norm) = attention, norms
 
 def bench_memory(cfg):
     """What a GPU would hold, counted with and without torch.compile. An estimate: gradients in flight, cuDNN's
@@ -244,7 +249,7 @@ def bench_memory(cfg):
         counts = defaultdict(list)      # {part: bytes of 1 and of 2 images}
         for B in (1, 2):
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-            ours = Ours(cfg, torch.device("cpu"), fake)
+            ours = Ours(replace(cfg, compile="0"), torch.device("cpu"), fake)
             perceptual, disc, sit = maybe(ours.perceptual), maybe(ours.disc), ours.sit
             for block in sit.blocks:
                 maybe(block)

@@ -462,6 +462,22 @@ def test_first_stage_joins_the_joint_run(tmp_path):
     assert "resuming" in again.stdout and last_pair(tmp_path / "r")[0]["steps"] == 2
 
 
+def test_ema_by_hand():
+    """average + (1 - decay) (model - average), counters copied; where the step was skipped, nothing."""
+    average, model = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2)
+    with torch.no_grad():
+        for i, value in enumerate([*average.state_dict().values(), *model.state_dict().values()]):
+            value.copy_(torch.arange(i, i + value.numel()).view_as(value))
+    before, now = ({k: v.clone() for k, v in net.state_dict().items()} for net in (average, model))
+    train.ema_update(average, model, 0.75, torch.tensor(False))
+    assert_equal(average.state_dict(), before)
+    train.ema_update(average, model, 0.75, torch.tensor(True))
+    for name, value in average.state_dict().items():
+        floats = value.is_floating_point()
+        assert torch.allclose(value, 0.75 * before[name] + 0.25 * now[name] if floats else now[name]), name
+    assert_equal(model.state_dict(), now)
+
+
 def test_compiled_step_equals_eager_and_never_recompiles(tmp_path):
     """The joint step under torch.compile (with activations computed again in the backward) follows the eager one, its
     graphs have no breaks, and steps 2 to 5 compile nothing."""

@@ -250,16 +250,16 @@ def bench_memory(cfg):
         for B in (1, 2):
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             ours = Ours(replace(cfg, compile="0"), torch.device("cpu"), fake)
-            perceptual, disc, sit = maybe(ours.perceptual), maybe(ours.disc), ours.sit
+            sit, judges = ours.sit, [maybe(net) for net in (ours.perceptual, ours.disc) if net]
             for block in sit.blocks:
                 maybe(block)
             with fake:
                 x = torch.rand(B, 3, cfg.resolution, cfg.resolution)
                 z, noise = (torch.rand(B, *ours.latent) for _ in range(2))
                 t, y, rec = torch.rand(B), torch.zeros(B, dtype=torch.long), x.clone().requires_grad_()
-                with train.frozen(disc):
+                with train.frozen(ours.disc):
                     counts["LPIPS and D's share"].append(kept_bytes(
-                        [perceptual, disc], lambda: (perceptual(x, rec), disc(rec))))
+                        judges, lambda: [net(rec) if net is ours.disc else net(x, rec) for net in judges]))
                 with as_on_a_gpu():
                     counts["SiT step"].append(kept_bytes([sit], lambda: sit(z, t, y)))
                     for n in range(levels + 1):
@@ -280,7 +280,7 @@ def bench_memory(cfg):
             print(f"{title}, kept for the backward, {name:28s} {image[name] / 2**20:8.1f} MiB an image + "
                   f"{fixed[name] / 2**20:.1f} MiB")
         numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in ours.nets.items()}
-        frozen = sum(p.numel() for net in (ours.teacher, ours.perceptual) for p in net.parameters())
+        frozen = sum(p.numel() for net in filter(None, (ours.teacher, ours.perceptual)) for p in net.parameters())
         state = 4 * (3 * sum(numbers.values()) + numbers["sit"] + frozen)       # weights, AdamW's two, EMA
         for n in range(levels + 1):
             joint = [f"VAE, --recompute={n}", "LPIPS and D's share", "alignment pass"]

@@ -124,7 +124,8 @@ class Moments:
 def frechet(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr (S1 S2)^1/2. With S = A A^T the last trace is the sum of singular values
     of A1^T A2: no general matrix root, symmetric, and stable for singular covariances, whose null space is dropped."""
-    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a).double() for a in (mu1, sigma1, mu2, sigma2))
+    device = "cuda" if torch.cuda.is_available() else "cpu"     # the decompositions take a minute on one CPU thread
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(a, device=device).double() for a in (mu1, sigma1, mu2, sigma2))
     def factor(sigma):
         values, vectors = torch.linalg.eigh(sigma)                                  # ascending
         keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps    # the rest is rounding
@@ -247,8 +248,7 @@ def gather(data, n, batch, title, device, of_batch):
     workers = min(8, os.cpu_count()) if isinstance(data, Folder) else 0         # processes that decode files ahead
     loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=shares, num_workers=workers)
     for share, (images, labels) in zip(tqdm(shares, title, leave=False, disable=rank > 0), loader):
-        with autocast(device):
-            kept, *features = of_batch(share, images.to(device), labels.to(device))
+        kept, *features = of_batch(share, images.to(device), labels.to(device))
         if rows is None:
             rows = torch.zeros(n, kept.shape[1], device=device)
             moments = [Moments(x.shape[1], device) for x in features]
@@ -382,7 +382,7 @@ def gen(opt, device):
     about = {"N": n, "reference": opt.ref, "sha256": real["sha256"][:12], "features": net.name}
     for file, how in runs:
         if how:
-            model = load(file).compile_for(n)   # a sweep reads its checkpoint once
+            model = load(file).prepare(n)   # a sweep reads its checkpoint once
             data, about = Generated(model, opt.labels, how), {**about, "step": model.step, "labels": opt.labels, **how}
         values = compare(collect(data, n, net, opt.batch, f"{file} {how or ''}"), real, net)
         report(file, "gen", values, about, usual, header=(file, how) == runs[0])
@@ -409,12 +409,12 @@ def recon(opt, device):
             perceptual = None if tiny else Perceptual().to(device)              # tiny does without downloads
     except (ValueError, ImportError) as error:
         print(f"note: LPIPS is left out: {error}")
+    @full_float32()
     def one_batch(indices, x, labels):      # x uint8 [B, 3, R, R]
-        rec = to_uint8(vae.decode(vae.encode(to_float(x))[0]))
+        rec = torch.cat([to_uint8(vae.decode(vae.encode(to_float(part))[0])) for part in x.split(sample.DECODED)])
         a, b = to_float(x), to_float(rec)
-        with full_float32():
-            features = net(rec)[0], net(x)[0]
-            lpips = [perceptual(a, b).expand(len(x))] if perceptual else []
+        features = net(rec)[0], net(x)[0]
+        lpips = [perceptual(a, b).expand(len(x))] if perceptual else []
         return torch.stack([psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3)), *lpips], 1), *features
     rows, *moments = gather(data, n, opt.batch, "reconstructions", device, one_batch)
     values = dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), rows.double().mean(0).tolist()))
@@ -432,16 +432,23 @@ def align(opt, device):
     with rank0_first():
         teacher = load_teacher(name, data.resolution, opt.repo or config.get("teacher_repo", ""), opt.weights or
                                config.get("teacher_weights", ""), Shapes(data.resolution).draw).to(device)
+    @full_float32()
+    def latents(x):                         # uint8 [B, 3, R, R] -> the posterior's mean [B, C, h, w]
+        return torch.cat([vae.encode(to_float(part))[0] for part in x.split(sample.DECODED)])
     def clean(indices, x, labels):          # -> [B, 2 + C h w + d]
-        z = vae.encode(to_float(x))[0]
-        return [torch.cat([monitors(z), z.flatten(1), teacher(x).mean(1)], 1)]
+        z = latents(x)
+        with autocast(device):
+            f = teacher(x).float().mean(1)
+        return [torch.cat([monitors(z), z.flatten(1), f], 1)]
     def noisy(t, indices, x, labels):       # -> [B, depth D]; the noise of image i depends on the seed and i alone
         generators = [torch.Generator(device).manual_seed(sample.seed_of(opt.seed, "align", i)) for i in indices]
-        zn = sit.bn(vae.encode(to_float(x))[0])
+        zn = sit.bn(latents(x))
         eps = torch.stack([torch.randn(zn.shape[1:], generator=g, device=device) for g in generators])
         y = labels if data.classes == model.classes else torch.full_like(labels, cfg.num_classes)
         times = torch.full((len(x),), t, device=device)
-        return [torch.cat([h.mean(1) for h in sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)], 1)]
+        with autocast(device):
+            hidden = sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)
+        return [torch.cat([h.mean(1) for h in hidden], 1)]
     rows, = gather(data, n, opt.batch, "latents", device, clean)
     collapse, z, f = rows.tensor_split((2, 2 + cfg.channels * cfg.size ** 2), 1)
     with full_float32():

@@ -11,6 +11,7 @@ a frozen self-supervised teacher sees in the clean image, so the latents must ke
 """
 import hashlib
 import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class DINOv2(nn.Module):
         file = f"dinov2_{name.split('_')[1]}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
         self.side, cached = resolution // 16, Path(torch.hub.get_dir()) / "checkpoints" / file
         weights = weights or (str(cached) if cached.exists() else "")
+        os.environ.setdefault("XFORMERS_DISABLED", "1")   # with xformers: graph breaks, other numbers
         try:
             where, source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_REVISION}", "github")
             self.net = torch.hub.load(where, name, source=source, trust_repo=True, skip_validation=True, verbose=False,

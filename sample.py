@@ -14,11 +14,14 @@ import hashlib
 import inspect
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils._triton
 from tqdm import tqdm
 
 from sit import SiT, SiTConfig, published_sit, score_from_velocity
@@ -34,6 +38,8 @@ from vae import (VAE, VAES, config_from_dict, find_checkpoint, grid, load_strict
                  reading, save_png, shared_array, to_uint8, write_npz)
 
 # ---------------------------------------------- Processes. One process without torchrun; as many as it starts with it.
+
+PATIENCE = timedelta(hours=1)       # others wait so long while one downloads, saves or previews (NCCL's own: 10 min)
 
 def start():
     """-> rank, world size, device. Joins torchrun's process group if there is one (NCCL on GPUs, gloo on CPUs)."""
@@ -52,7 +58,7 @@ def start():
         if os.environ.get("GROUP_WORLD_SIZE") == "1":       # one torchrun keeps its store, and all in it, over restarts
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                                device_id=device if gpu else None)
+                                timeout=PATIENCE, device_id=device if gpu else None)
     return rank, world, device
 
 @contextmanager
@@ -74,10 +80,23 @@ def all_mean(x):
         x /= dist.get_world_size()
     return x
 
+def has_bfloat16(device):
+    """Does the device compute in bfloat16? GPUs from Ampere on do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
 def autocast(device):
     """bfloat16 where the GPU computes in it, float32 elsewhere."""
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
+
+def can_compile(device):
+    """Can torch.compile make code for this device? It takes a GPU since Volta, Triton, and what Triton builds with."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    if not torch.utils._triton.has_triton_package():
+        return False
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return sys.platform == "win32" or any(map(shutil.which, compilers)) and header.exists()
 
 def seed_of(seed, stream, i):
     """A 32-bit seed (CPU generators use no more): a hash of (seed, stream), plus i, so that no two i share one."""
@@ -221,6 +240,8 @@ def guided(sit, y, scale=1.0, low=0.0, high=1.0):
 
 # --------------------------------------------------------------------------------------------- A model that generates.
 
+DECODED = 16        # images that a VAE works on at a time: in float32 at 256 px they take 5 GB
+
 @dataclass
 class Model:
     """What a checkpoint plays: the plain (or averaged) VAE, the EMA SiT with its latent statistics, the class names."""
@@ -240,17 +261,31 @@ class Model:
             return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators]).double()
         with autocast(device):
             zn = SOLVERS[solver](velocity, noise(), steps, *((noise, cfg.path) if solver == "sde" else ()))
-        return to_uint8(self.vae.decode(self.sit.bn.inverse(zn).float()))
-    def compile_for(self, count):
-        """Compiles SiT's blocks on a GPU for a thousand images or more, in all (TORCH_COMPILE_DISABLE=1: never)."""
-        for block in self.sit.blocks if count >= 1000 and self.sit.pos_embed.is_cuda else ():
-            block.compile(dynamic=False)
+        z = self.sit.bn.inverse(zn).float()
+        return torch.cat([to_uint8(self.vae.decode(part)) for part in z.split(DECODED)])
+    def prepare(self, count):
+        """Makes `count` images in all faster on a GPU: SiT's weights in bfloat16, and from a thousand images on
+        compiled blocks (TORCH_COMPILE_DISABLE=1: never). -> itself"""
+        device = self.sit.pos_embed.device
+        if has_bfloat16(device):
+            round_weights(self.sit)
+        if count >= 1000 and can_compile(device):
+            for block in self.sit.blocks:
+                block.compile(dynamic=False)
         return self
     def __call__(self, labels, steps=250, solver="sde", guidance=1.0, low=0.0, high=1.0, seed=0, batch=64, first=0):
         """Labels (numbers) -> uint8 [len(labels), 3, R, R] on the CPU. Image i of a seed is number first + i."""
         numbers = range(first, first + len(labels))
         return torch.cat([self.batch(numbers[i : i + batch], labels[i : i + batch], steps, solver, guidance, low, high,
                                      seed).cpu() for i in range(0, len(labels), batch)])
+
+def round_weights(sit):
+    """Linear weights to bfloat16 once, as autocast does in every call: the same bits, without its work (XL: 2.7 GB
+    read, 1.3 GB written a call). The time embedding's stay: autocast is off there."""
+    timestep = set(sit.t_embedder.modules())
+    for module in sit.modules():
+        if isinstance(module, torch.nn.Linear) and module not in timestep:
+            module.bfloat16()
 
 def load_model(path, device="cpu", vae=""):
     """A checkpoint of ours, REPA-E's, REPA's or SiT's, or a run's folder (its newest) -> Model. All processes call it.
@@ -324,7 +359,7 @@ def main(argv):
     opt = parse(Options, argv)
     check(opt)
     rank, world, device = start()
-    model = load_model(opt.path, device, opt.vae).compile_for(opt.count)
+    model = load_model(opt.path, device, opt.vae).prepare(opt.count)
     out = Path(opt.out or ("grid.png" if opt.count <= 100 else "samples.npz"))
     chosen = parse_classes(opt.classes, model.classes) if opt.classes else None
     labels = [chosen[i % len(chosen)] if chosen else choose_label(opt.labels, opt.seed, i, len(model.classes))

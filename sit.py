@@ -214,7 +214,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()     # the residual stream keeps this layout
 
 class SiT(nn.Module):
     """The denoiser. Its three uses are forward (SiT step), align_only (VAE step) and velocity (sampling)."""

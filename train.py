@@ -44,10 +44,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from repa import TEACHERS, align_loss, load_teacher, teacher_shape
-from sample import Model, all_mean, autocast, friendly, nearest, parse, rank0_first, seed_of, start
+from sample import (PATIENCE, Model, all_mean, autocast, can_compile, friendly, nearest, parse, rank0_first, seed_of,
+                    start)
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, VAEConfig, adaptive_gan_weight,
                  config_from_dict, discriminator_loss, find_checkpoint, generator_loss, grid, identity, kl_divergence,
@@ -234,7 +236,8 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 def draws(cfg, step, rank, world, latent, device, stream="step"):
-    """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b]."""
+    """All randomness of a step, this process's rows of it: t [b], eps and noise [b, C, h, w], drop [b], flip [b].
+    The same on each kind of device; a GPU with another number of multiprocessors may draw other numbers."""
     g = torch.Generator(device).manual_seed(seed_of(cfg.seed, stream, step))
     B, mine = cfg.batch, slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     u = torch.rand(3, B, generator=g, device=device)
@@ -307,9 +310,13 @@ class Log:
     NETWORKS = {"vae": ("l1", "lpips", "kl", "gan", "align_vae"), "disc": (), "sit": ("v", "align_sit")}
     def __init__(self, out, rank, device):
         self.out, self.rank, self.device = Path(out), rank, device
-        self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
+        self.sums, self.count = {}, 0
+        self.restart_clock()
+    def restart_clock(self):
+        """After the first step, whose time is torch.compile's."""
+        self.since, self.waited, self.untimed = time.time(), 0.0, self.count
     def wait(self, batches):
-        """The next batch; the time it takes is what the loop waits on data."""
+        """The next batch; the time it takes is what the loop waits on data (a GPU may be busy meanwhile)."""
         begin, batch = time.time(), next(batches)
         self.waited += time.time() - begin
         return batch
@@ -326,10 +333,11 @@ class Log:
     def flush(self, step, cfg, skipped):
         """Prints the means since the last call in one line, and writes them as JSON."""
         sums = dict(zip(self.sums, all_mean(torch.stack(list(self.sums.values()))).tolist()))
-        good, seconds = max(sums.pop("good"), 1), (time.time() - self.since) / self.count
+        good, timed = max(sums.pop("good"), 1), max(self.count - self.untimed, 1)
+        seconds = (time.time() - self.since) / timed
         mean = {name: value / good for name, value in sums.items()}
         memory = {"GiB": torch.cuda.max_memory_allocated() / 2**30} if self.device.type == "cuda" else {}
-        line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / self.count * 1e3,
+        line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / timed * 1e3,
                 "skipped": int(skipped[0]), **memory}
         if self.rank == 0:
             left = int((cfg.steps - step) * seconds)
@@ -346,7 +354,8 @@ class Log:
             parts.append(f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
             print(f"step {step:07d}/{cfg.steps:07d}", *parts, sep=" | ", flush=True)
         self.write(line)
-        self.sums, self.count, self.since, self.waited = {}, 0, time.time(), 0.0
+        self.sums, self.count = {}, 0
+        self.restart_clock()
 
 # ---------------- Checkpoints: a pair of files. step_N.pt describes and plays itself; step_N.resume.pt only continues.
 
@@ -382,7 +391,7 @@ class PoliteStop:
     """SIGTERM and SIGINT ask for a stop. All processes call it after each step: was any of them asked? (On the CPU, so
     that no GPU waits.) A second signal, 3 s later, ends the process at once."""
     def __init__(self, world):
-        self.asked, self.group = 0.0, dist.new_group(backend="gloo") if world > 1 else None
+        self.asked, self.group = 0.0, dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
     def ask(self, *_):
@@ -401,6 +410,7 @@ def save(cfg, step, plays, resumes):
     for name, content in ((f"step_{step:07d}.resume.pt", resumes), (f"step_{step:07d}.pt", plays)):
         content = {key: value.state_dict() if hasattr(value, "state_dict") else value
                    for key, value in content.items() if value is not None}
+        content = tree_map_only(torch.Tensor, torch.Tensor.cpu, content)    # at once, not tensor by tensor while writing
         try:
             with open(out / f"{name}.tmp", "wb") as file:   # on the disk before it gets its name: whole or not at all
                 torch.save(content, file)
@@ -526,6 +536,15 @@ def warm_up_discriminator(disc, disc_train, opt, vae, batches, cfg, rank, device
         opt.step()
         opt.zero_grad()
 
+def compile_networks(cfg, vae, sit, disc, teacher, perceptual):
+    """torch.compile in place, so that state dicts keep their names: each network, but SiT block by block."""
+    torch._dynamo.config.optimize_ddp = False           # else it cuts the graphs of several GPUs into others than one's
+    torch._functorch.config.donated_buffer = not cfg.gan_adaptive       # whose two extra backwards keep their graphs
+    decoder = vae.decoder if cfg.train_vae else None
+    for module in [vae.encoder, decoder, *(sit.blocks if sit else ()), disc, teacher, perceptual]:
+        if module is not None:
+            module.compile(dynamic=False)
+
 def check_replicas(world, **networks):
     """Every parameter and buffer is the same on all processes, else a RuntimeError names the first that is not."""
     sums = {f"{label}.{name}": value.double().sum() for label, network in networks.items() if network is not None
@@ -582,16 +601,14 @@ def run(cfg, rank, world, device, stop=lambda: False):
             for key, average in filter(all, (("ema", ema), ("vae_ema", vae_ema))):
                 load_strict(average, pair[0].get(key) or pair[0]["vae"], f"{cfg.out}: its {key}")
         pair = None                                     # frees the memory
-    vae_fast = vae
-    if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
-        vae_fast = torch.compile(vae, dynamic=False)    # a wrapper: previews use the plain one, at any batch size
-        torch._functorch.config.donated_buffer = not cfg.gan_adaptive   # whose two extra backwards keep the graph
-        for module in [*(sit.blocks if sit else ()), disc, teacher, perceptual, None if cfg.train_vae else vae.encoder]:
-            if module is not None:
-                module.compile(dynamic=False)           # in place: state_dict keeps its names
+    if cfg.compile == "1" or (cfg.compile == "auto" and can_compile(device)):
+        compile_networks(cfg, vae, sit, disc, teacher, perceptual)
+    elif device.type == "cuda" and rank == 0:
+        print("torch.compile is off" + ": it needs a GPU since Volta, Triton, a C compiler, Python.h" *
+              (cfg.compile == "auto"))
     for level in [*vae.encoder.down[: cfg.recompute], *vae.decoder.up[: cfg.recompute]]:
         level.recompute = cfg.train_vae
-    vae_train = parallel(vae_fast, world, device) if cfg.train_vae else vae_fast
+    vae_train = parallel(vae, world, device) if cfg.train_vae else vae
     sit_train = parallel(sit, world, device)
     batches = stream("epoch", first)
     log = Log(cfg.out, rank, device)
@@ -602,7 +619,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
     for step in range(first, cfg.steps + 1):            # one turn more than steps: the last one only looks and saves
         done, stopping = step == cfg.steps, stop()
         if step > first and (done or step % cfg.preview_every == 0) and rank == 0:
-            with surviving("the preview"):
+            with surviving("the preview"), torch.compiler.set_stance("force_eager"):      # other shapes than the step's
                 preview(cfg, step, vae_ema or vae, ema, data, device)
         if step > first and (done or stopping or step % cfg.save_every == 0):
             for buffer in buffers:      # each process has its own statistics: keep their mean
@@ -627,7 +644,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
         for i, (t, eps, noise, drop, flip) in enumerate(zip(*drawn)):
             image, y, *cached = log.wait(batches)                           # uint8 [b, 3, R, R], [b]
             image = torch.where(flip[:, None, None, None], image.flip(-1), image) if cfg.hflip else image
-            x, now = to_float(image), {}                                    # x float [b, 3, R, R] in [-1, 1]
+            x, now = to_float(image).contiguous(memory_format=torch.channels_last), {}  # [b, 3, R, R] in [-1, 1]
             with syncing(i == accumulate - 1, vae_train, disc_train, sit_train):
                 with torch.no_grad(), autocast(device):
                     f = [teacher(image)] if teacher else []                 # [b, T, d]
@@ -702,6 +719,8 @@ def run(cfg, rank, world, device, stop=lambda: False):
         log.add(ok, terms)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             log.flush(step + 1, cfg, skipped)
+        elif step == first:
+            log.restart_clock()
         if (device.type == "cpu" or (step + 1) % cfg.log_every == 0) and skipped[1] >= 10:
             seen = {name: value.item() for name, value in terms.items() if not torch.isfinite(value)}
             raise ValueError(f"ten steps in a row were not finite, up to {step} (process {rank}: {seen or 'finite'}): "
@@ -739,6 +758,7 @@ def main(argv):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not cfg.deterministic      # tries all kernels once for each shape; shapes are fixed
     stop, finished = PoliteStop(world), True
     if cfg.first_stage and cfg.sit != "none" and cfg.vae in VAES and not cfg.init:
         # the first stage of a latent diffusion model is this very loop without SiT; the GAN joins in its second half

@@ -431,7 +431,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))                        # [B, 2C, h, w]
 
 class Decoder(nn.Module):
-    """latents [B, C, h, w] -> float [B, 3, R, R]."""
+    """latents [B, C, h, w] -> features [B, ch, R/patch, R/patch]; `to_pixels` makes float [B, 3, R, R] of them."""
     def __init__(self, cfg):
         super().__init__()
         widths, last = [cfg.ch * m for m in cfg.ch_mult], len(cfg.ch_mult) - 1
@@ -448,8 +448,12 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))                                                   # [B, ch * ch_mult[-1], h, w]
         for level in reversed(self.up):
             h = level.upsample(level(h))                                                # side doubles, but at the first
-        h = self.conv_out(F.silu(self.norm_out(h)))                                     # [B, 3 patch^2, R/patch, ...]
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        return F.silu(self.norm_out(h))                                                 # [B, ch, R/patch, R/patch]
+    def to_pixels(self, h):
+        """The last layer, apart from the rest: torch.compile makes one node of forward, and the gradient at this
+        layer (adaptive_gan_weight) would run all of its backward."""
+        x = self.conv_out(h)                                                            # [B, 3 patch^2, R/patch, ...]
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
 class VAE(nn.Module):
     """AutoencoderKL. forward(x, noise) is one training pass; encode, sample and decode are its parts."""
@@ -485,7 +489,7 @@ class VAE(nn.Module):
         return mean + (0.5 * logvar).exp() * noise
     def decode(self, z):
         """latents [B, C, h, w] -> float [B, 3, R, R], about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder.to_pixels(self.decoder(self.post_quant_conv(z)))
     def forward(self, x, noise):
         """float x, noise [B, C, h, w] -> z, reconstruction, mean, logvar."""
         mean, logvar = self.encode(x)
@@ -802,6 +806,8 @@ def encode(checkpoint: str, data: str, out: str, resolution: int = 0, batch: int
     """Makes the cache, in float32; torchrun's processes share the images. The same command goes on after a kill."""
     from sample import rank0_first, start
     rank, world, device = start()
+    torch.set_float32_matmul_precision("highest")       # not TF32: the cache is made once
+    torch.backends.cudnn.allow_tf32 = False
     if checkpoint in VAES:
         raise ValueError(f"{checkpoint} has random weights, other ones in each process and run: name a trained VAE")
     with rank0_first():

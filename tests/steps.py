@@ -3,6 +3,7 @@ import copy
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import train
 from repa import DINOv2, TinyTeacher, align_loss, teacher_shape
-from sample import autocast
+from sample import autocast, can_compile
 from sit import SiT, SiTConfig, interpolate
 from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, discriminator_loss, generator_loss, kl_divergence,
                  reconstruction_loss, to_float)
@@ -63,7 +64,7 @@ class Ours:
                     p.add_(0.02 * torch.randn_like(p))
         self.nets = {"vae": vae, "disc": self.disc, "sit": self.sit}
         self.teacher, self.perceptual = teacher, perceptual
-        self.latent, self.opts, self.vae_fast = (vae.cfg.z_channels, side, side), {}, vae
+        self.latent, self.opts = (vae.cfg.z_channels, side, side), {}
         if not fake:
             for net in filter(None, (vae, self.sit, self.disc, teacher)):
                 net.to(device, memory_format=torch.channels_last)
@@ -73,10 +74,8 @@ class Ours:
             self.opts = {name: train.make_optimizer(net, 1e-4) for name, net in self.nets.items()}
         for level in [*vae.encoder.down[: cfg.recompute], *vae.decoder.up[: cfg.recompute]]:
             level.recompute = True
-        if cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda"):
-            self.vae_fast = torch.compile(vae, dynamic=False)
-            for module in filter(None, [*self.sit.blocks, self.disc, teacher, perceptual]):
-                module.compile(dynamic=False)
+        if cfg.compile == "1" or (cfg.compile == "auto" and can_compile(device)):
+            train.compile_networks(replace(cfg, train_vae=True), vae, self.sit, self.disc, teacher, perceptual)
 
     def draws(self, n):
         return train.draws(self.cfg, n, 0, 1, self.latent, self.device)[:4]
@@ -84,12 +83,12 @@ class Ours:
     def step(self, image, y, drawn):
         """-> the losses by name."""
         (t, eps, noise, drop), now, cfg, part = drawn, {}, self.cfg, self.part
-        x = to_float(image)
+        x = to_float(image).contiguous(memory_format=torch.channels_last)
         with part("teacher"), torch.no_grad(), autocast(self.device):
             f = [self.teacher(image)]
         with train.frozen(self.sit, self.disc):
             with part("VAE forward"), autocast(self.device):
-                z, rec, mean, logvar = self.vae_fast(x, noise)
+                z, rec, mean, logvar = self.vae(x, noise)
             with part("VAE losses"):
                 now["l1"] = reconstruction_loss(x, rec, cfg.recon_loss)
                 now["lpips"] = self.perceptual(x, rec) if self.perceptual else x.new_zeros(())

@@ -172,17 +172,16 @@ def test_model_in_three_lines(tmp_path):
         assert levels(model([1] * 7, **options)[0], whole[0]) > 1               # the label and guidance matter
         assert levels(model(labels, steps=4, solver=solver), whole) > 1
 
-def test_compiled_blocks_give_the_same_images(tmp_path):
-    """compile_for, told that this is a GPU: the same images, also of a smaller last batch. On a CPU it is off."""
+def test_compiled_blocks_give_the_same_images(tmp_path, monkeypatch):
+    """prepare, told that this is a GPU: the same images, also of a smaller last batch. On a CPU it changes nothing."""
     checkpoint(tmp_path / "m.pt")
     model, labels = P.load_model(tmp_path / "m.pt"), [0, 1, 2, 0, 1]
     eager = model(labels, steps=4, guidance=2.0, high=0.8, batch=3)
-    assert model.compile_for(10**6) is model and not any(block._compiled_call_impl for block in model.sit.blocks)
-    plain, on_gpu = model.sit.pos_embed, type("OnGPU", (torch.Tensor,), {"is_cuda": True})
-    model.sit.pos_embed = plain.as_subclass(on_gpu)
-    assert not any(block._compiled_call_impl for block in model.compile_for(999).sit.blocks)
-    assert all(block._compiled_call_impl for block in model.compile_for(1000).sit.blocks)
-    model.sit.pos_embed = plain
+    assert model.prepare(10**6) is model and not any(block._compiled_call_impl for block in model.sit.blocks)
+    assert model.sit.final_layer.linear.weight.dtype == torch.float32
+    monkeypatch.setattr(P, "can_compile", lambda device: True)
+    assert not any(block._compiled_call_impl for block in model.prepare(999).sit.blocks)
+    assert all(block._compiled_call_impl for block in model.prepare(1000).sit.blocks)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert levels(model(labels, steps=4, guidance=2.0, high=0.8, batch=3), eager) <= 1 and eager.float().std() > 5
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4     # batches of 3 and 2, and twice

@@ -10,7 +10,6 @@
 Noise eps at t = 1 flows to latents at t = 0 along dz/dt = v (ODE: euler, heun, ab2), or with noise injected on the way
 (sde: Euler-Maruyama, the paper's). The noise and the label of image i depend on (seed, i) alone.
 """
-import hashlib
 import inspect
 import math
 import os
@@ -98,10 +97,12 @@ def can_compile(device):
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return sys.platform == "win32" or any(map(shutil.which, compilers)) and header.exists()
 
+STREAMS = ("weights", "epoch", "step", "statistics", "image", "label", "align")     # append only: numbers are seeds
+
 def seed_of(seed, stream, i):
-    """A 32-bit seed (CPU generators use no more): a hash of (seed, stream), plus i, so that no two i share one."""
-    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=4).digest()
-    return (int.from_bytes(digest, "little") + i) % 2**32
+    """A 32-bit seed (CPU generators use no more): a number of (seed, stream), plus i, so that no two i share one."""
+    start = np.random.SeedSequence([seed, STREAMS.index(stream)]).generate_state(1)[0]
+    return (int(start) + i) % 2**32
 
 # --- Options: a dataclass or a function is the command line. `--key=value`; leading values without key fill the first.
 
@@ -315,7 +316,7 @@ def choose_label(protocol, seed, i, num_classes):
     """The label of image i: uniform ("random"), or each class equally often ("balanced")."""
     if protocol == "balanced":
         return i % num_classes
-    return int.from_bytes(hashlib.blake2b(f"{seed}/label/{i}".encode(), digest_size=8).digest(), "little") % num_classes
+    return int(np.random.default_rng([seed, STREAMS.index("label"), i]).integers(num_classes))
 
 def parse_classes(text, names):
     """"star,7" -> label numbers; names are the data set's."""
@@ -347,8 +348,8 @@ def check(opt):
     """The first mistake in the options, as a ValueError."""
     if not opt.path:
         raise ValueError("name a checkpoint or a run's folder: python sample.py runs/tiny")
-    if min(opt.count, opt.batch) < 1 or opt.steps < 2:
-        raise ValueError("--count and --batch must be at least 1, --steps at least 2")
+    if min(opt.count, opt.batch) < 1 or opt.steps < 2 or opt.seed < 0:
+        raise ValueError("--count and --batch must be at least 1, --steps at least 2, --seed at least 0")
     if not 0 <= opt.guidance < math.inf or not opt.low <= opt.high:
         raise ValueError(f"--guidance={opt.guidance} --low={opt.low} --high={opt.high}: expected numbers, low <= high")
     if opt.out and not opt.out.endswith((".png", ".npz")):

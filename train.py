@@ -45,7 +45,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
 from repa import TEACHERS, align_loss, load_teacher, teacher_shape
 from sample import (PATIENCE, Model, all_mean, autocast, can_compile, friendly, nearest, parse, rank0_first, seed_of,
@@ -90,10 +89,10 @@ class Config:
     kl: float = 1e-6
     sigma: float = 0.0              # > 0: fixed posterior std (sigma-VAE), for a VAE from scratch
     gan: float = 0.1                # 0 switches the discriminator off
-    gan_start: int = 0              # the step from which the GAN's two losses are active
+    gan_start: int = -1             # the VAE hears D from this step on, D learns 2,000 steps before; -1: 0 with a
+                                    # discriminator from a file, else 2,000
     gan_adaptive: bool = False      # times LDM's ratio of gradients at the last layer, for a VAE from scratch
     disc_ch: int = 64               # discriminator's first width, where none is loaded
-    disc_warmup: int = 2000         # steps of the discriminator alone, if the VAE comes without one
     # optimisation
     steps: int = 400_000            # 80 epochs
     batch: int = 256                # images a step, over all processes
@@ -126,7 +125,7 @@ PRESETS = {     # gFID at 400k steps without / with guidance, as published
     "sdvae": {},                                                                    # 4.07 / 1.67
     "invae": dict(vae="invae", sit="SiT-XL/1", out="runs/invae"),                   # 4.09 / 1.61
     "vavae": dict(vae="vavae", sit="SiT-XL/1", out="runs/vavae"),                   # 4.05 / 1.73
-    "scratch": dict(vae="f8d4", disc_warmup=0, out="runs/scratch"),                 # 4.34: VAE from random weights
+    "scratch": dict(vae="f8d4", out="runs/scratch"),                                # 4.34: VAE from random weights
     "flux": dict(vae="hf:black-forest-labs/FLUX.1-schnell/vae", out="runs/flux"),   # f8d16; nothing published
     "repa": dict(train_vae=False, latent_norm="fixed", out="runs/repa"),            # 7.90: REPA, frozen VAE
     "second-stage": dict(vae="hf:REPA-E/e2e-vavae-hf", sit="SiT-XL/1", train_vae=False, latent_norm="fixed",
@@ -153,14 +152,16 @@ def architecture(cfg):
 def check(cfg, world, vae_config=None):
     """All that is wrong with the settings, each in one line that says what to do."""
     bad, shares = [], ["label_drop", "ema", "vae_ema"]
-    zero = shares + ("repa_sit repa_vae lpips kl sigma gan gan_start disc_warmup first_stage workers align_depth "
+    zero = shares + ("repa_sit repa_vae lpips kl sigma gan seed first_stage workers align_depth "
                      "recompute").split()
     for name, value in asdict(cfg).items():
         if (words := get_args(Config.__annotations__[name])) and value not in words:
             bad.append(f"--{name}={value}{nearest(str(value), words)}")
         elif name in shares and not 0 <= value < 1:
             bad.append(f"--{name}={value} must be at least 0 and below 1")
-        elif type(value) in (int, float) and name != "seed" and not (value > 0 or (value == 0 and name in zero)):
+        elif name == "gan_start" and value < -1:
+            bad.append(f"--gan_start={value} must be a step, or -1")
+        elif type(value) in (int, float) and name != "gan_start" and not (value > 0 or (value == 0 and name in zero)):
             bad.append(f"--{name}={value} must be positive")
     if bad:
         return bad
@@ -451,7 +452,7 @@ def load_pair(cfg, rank):
 # ------------------------------------------------------------------------------------------------------------- Models.
 
 def build(cfg, data, pair, world, device):
-    """-> vae, sit, disc, teacher, perceptual (None where the settings need none), needs_statistics, needs_warmup."""
+    """-> vae, sit, disc, teacher, perceptual (None where the settings need none), needs_statistics, gan_start."""
     torch.manual_seed(seed_of(cfg.seed, "weights", 0))
     sit = disc = teacher = perceptual = stats = None
     if pair is None:        # weights come from --init, --vae or the dice (seeded), when resuming from the checkpoint
@@ -489,8 +490,10 @@ def build(cfg, data, pair, world, device):
     for network in filter(None, (vae, sit, disc)):
         network.to(device, memory_format=torch.channels_last)
     needs_statistics = sit is not None and pair is None and stats is None
-    needs_warmup = disc is not None and pair is None and not disc_state and cfg.vae not in VAES and cfg.disc_warmup
-    return vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup
+    gan_start = cfg.gan_start if cfg.gan_start >= 0 else 0 if disc_state else 2000
+    if pair is not None and cfg.gan_start < 0:
+        gan_start = pair[0]["config"]["gan_start"]
+    return vae, sit, disc, teacher, perceptual, needs_statistics, gan_start
 
 def start_from(sit, path):
     """--init: another run's EMA SiT, for other data or classes; what depends on those starts afresh, and is named."""
@@ -523,19 +526,6 @@ def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, step
     sit.bn.set(*sit.bn.pending_statistics())
     sit.bn.pending = None
 
-def warm_up_discriminator(disc, disc_train, opt, vae, batches, cfg, rank, device, accumulate):
-    """A VAE that comes without its discriminator: train one on its reconstructions first, the VAE untouched."""
-    for step in tqdm(range(cfg.disc_warmup), "warming up the discriminator", disable=rank > 0):
-        for i in range(accumulate):
-            with torch.no_grad(), autocast(device):
-                x = to_float(next(batches)[0])
-                rec = vae.decode(vae.encode(x)[0]).float()
-            with syncing(i == accumulate - 1, disc_train):
-                (discriminator_loss(disc_train(x), disc_train(rec)) / accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(disc.parameters(), cfg.clip)
-        opt.step()
-        opt.zero_grad()
-
 def compile_networks(cfg, vae, sit, disc, teacher, perceptual):
     """torch.compile in place, so that state dicts keep their names: each network, but SiT block by block."""
     torch._dynamo.config.optimize_ddp = False           # else it cuts the graphs of several GPUs into others than one's
@@ -546,9 +536,10 @@ def compile_networks(cfg, vae, sit, disc, teacher, perceptual):
             module.compile(dynamic=False)
 
 def check_replicas(world, **networks):
-    """Every parameter and buffer is the same on all processes, else a RuntimeError names the first that is not."""
+    """Every parameter and buffer is the same on all processes, else a RuntimeError names the first that is not. (Not
+    the discriminator's running statistics: each process has its own, and none is ever read.)"""
     sums = {f"{label}.{name}": value.double().sum() for label, network in networks.items() if network is not None
-            for name, value in network.state_dict().items()}
+            for name, value in (network.named_parameters() if label == "disc" else network.state_dict().items())}
     low, high = torch.stack(list(sums.values())), torch.stack(list(sums.values()))
     if world > 1:
         dist.all_reduce(low, dist.ReduceOp.MIN)
@@ -568,7 +559,8 @@ def run(cfg, rank, world, device, stop=lambda: False):
     first = pair[0]["steps"] if pair else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a folder that they share")
-    vae, sit, disc, teacher, perceptual, needs_statistics, needs_warmup = build(cfg, data, pair, world, device)
+    vae, sit, disc, teacher, perceptual, needs_statistics, gan_start = build(cfg, data, pair, world, device)
+    cfg = replace(cfg, gan_start=gan_start)
     fingerprint = identity(data)["data"][:16]
     if pair and pair[0].get("data", fingerprint) != fingerprint:
         raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): name another --out")
@@ -586,13 +578,10 @@ def run(cfg, rank, world, device, stop=lambda: False):
     opts = {name: make_optimizer(net, getattr(cfg, f"lr_{name}")) for name, net in trained.items()}
     opt_keys = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc"}                         # the authors' names
     disc_train = parallel(disc, world, device)
-    if needs_warmup:
-        warm_up_discriminator(disc, disc_train, opts["disc"], vae, stream("warm-up"), cfg, rank, device, accumulate)
     if needs_statistics:
         measure_statistics(sit, vae, stream("statistics"), cfg, rank, world, latent, device)
     ema = copy.deepcopy(sit).requires_grad_(False) if sit else None
     vae_ema = copy.deepcopy(vae).requires_grad_(False) if cfg.vae_ema and cfg.train_vae else None
-    buffers = list(disc.buffers()) if disc else []                                          # BatchNorm's statistics
     skipped = pair[1]["skipped"].to(device) if pair else torch.zeros(2, device=device)      # in all, in a row
     if pair:
         with resuming():
@@ -622,9 +611,6 @@ def run(cfg, rank, world, device, stop=lambda: False):
             with surviving("the preview"), torch.compiler.set_stance("force_eager"):      # other shapes than the step's
                 preview(cfg, step, vae_ema or vae, ema, data, device)
         if step > first and (done or stopping or step % cfg.save_every == 0):
-            for buffer in buffers:      # each process has its own statistics: keep their mean
-                if buffer.is_floating_point():
-                    all_mean(buffer)
             check_replicas(world, vae=vae, sit=sit, disc=disc)
             if rank == 0:
                 plays = {"config": asdict(cfg), "vae_config": asdict(vae.cfg), "sit_config": sit and asdict(sit.cfg),
@@ -639,7 +625,8 @@ def run(cfg, rank, world, device, stop=lambda: False):
             return done
 
         # ---------------------------------------------------------------------------------- one step of the paper
-        gan_on, before, terms = disc is not None and step >= cfg.gan_start, [b.clone() for b in buffers], {}
+        gan_on, terms = disc is not None and step >= cfg.gan_start, {}
+        disc_on = disc is not None and step >= cfg.gan_start - 2000     # it learns before the VAE hears it
         drawn = [values.split(micro) for values in draws(cfg, step, rank, world, latent, device)]
         for i, (t, eps, noise, drop, flip) in enumerate(zip(*drawn)):
             image, y, *cached = log.wait(batches)                           # uint8 [b, 3, R, R], [b]
@@ -675,7 +662,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
                             (now["vae"] / accumulate).backward()
 
                 # 2. discriminator: the same x and reconstruction
-                if gan_on:
+                if disc_on:
                     now["disc"] = discriminator_loss(disc_train(x), disc_train(rec.detach()))
                     (now["disc"] / accumulate).backward()
 
@@ -696,7 +683,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
             terms = {name: terms.get(name, 0) + value.detach() / accumulate for name, value in now.items()}
 
         # 4. the three updates are independent of each other: clip each, check all once, step all or none
-        active = [name for name in trained if name != "disc" or gan_on]
+        active = [name for name in trained if name != "disc" or disc_on]
         for name in active:
             terms[f"norm_{name}"] = torch.nn.utils.clip_grad_norm_(trained[name].parameters(), cfg.clip)
         ok = all_finite(*terms.values())
@@ -704,8 +691,6 @@ def run(cfg, rank, world, device, stop=lambda: False):
             opts[name].found_inf = (~ok).float()
             opts[name].step()
             opts[name].zero_grad()
-        for buffer, old in zip(buffers, before):                            # as if the skipped step had never been
-            buffer.copy_(torch.where(ok, buffer, old))
         if sit and cfg.latent_norm == "batch":
             sit.bn.commit(ok)
         # 5. averages of the weights

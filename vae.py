@@ -140,12 +140,9 @@ class Shapes:
     def draw(self, indices):
         """Indices -> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
         B, R = len(indices), self.resolution
-        # uniform numbers u [B, 16, 1, 1], a hash of (index, column): splitmix64
-        n = (np.asarray(indices, np.uint64)[:, None] + self.first) * 16 + np.arange(1, 17, dtype=np.uint64)
-        n = n * 0x9E3779B97F4A7C15
-        n = (n ^ (n >> 30)) * 0xBF58476D1CE4E5B9
-        n = (n ^ (n >> 27)) * 0x94D049BB133111EB
-        u = torch.from_numpy(((n ^ (n >> 31)) >> 11) / 2**53).float()[:, :, None, None]
+        # each image's own uniform numbers u [B, 16, 1, 1]
+        u = np.stack([np.random.default_rng(self.first + i).random(16) for i in indices])
+        u = torch.from_numpy(u).float()[:, :, None, None]
         label = (u[:, 0, 0, 0] * 10).long()
         # pixel coordinates in the frame of the shape, whose "radius" is 1: X, Y [B, R, R]
         size = 0.6 + 0.2 * u[:, 1]                                  # half-width in units of half an image: [B, 1, 1]

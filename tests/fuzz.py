@@ -72,7 +72,7 @@ def dinov2_vits14(pretrained=True):
 
 def config(out, vae):
     return train.Config(out=str(out), vae=str(vae), data="tiny", resolution=32, sit="2-32-2/4", teacher="none", steps=1,
-                        batch=2, repa_sit=0.0, repa_vae=0.0, lpips=0.0, disc_ch=4, disc_warmup=1, vae_ema=0.5,
+                        batch=2, repa_sit=0.0, repa_vae=0.0, lpips=0.0, disc_ch=4, vae_ema=0.5,
                         workers=0, preview_steps=2, compile="0")
 
 def make(root):

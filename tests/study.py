@@ -37,7 +37,7 @@ ABLATIONS = {   # with one seed
     "no-align": ("REPA-E, no alignment on the VAE", TINY + " --repa_vae=0", "vae"),
     "no-batchnorm": ("REPA-E, fixed statistics", TINY + ",no-batchnorm --repa_vae=1.5", "vae"),
     "no-gan": ("REPA-E without GAN", TINY + " --repa_vae=1.5 --gan=0", "vae"),
-    "scratch": ("REPA-E, VAE from scratch", TINY + " --repa_vae=1.5 --first_stage=0 --disc_warmup=0", ""),
+    "scratch": ("REPA-E, VAE from scratch", TINY + " --repa_vae=1.5 --first_stage=0 --gan_start=0", ""),
 }
 FIRST = {"vae": ("first stage", "--preset=tiny --sit=none --teacher=none --gan_start=250", "")}
 RUNS = FIRST | VARIANTS | ABLATIONS

@@ -18,7 +18,7 @@ import sample
 import train
 import vae as V
 from sit import SiT, SiTConfig
-from test_train import CPU, ROOT, SMALL, config, run, torchrun
+from test_train import CPU, ROOT, SMALL, config, quick_teacher, run, torchrun  # noqa: F401
 
 NARROW = V.VAEConfig(ch=16, ch_mult=(1, 2), num_res_blocks=1, groups=4)
 

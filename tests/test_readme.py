@@ -80,7 +80,7 @@ def small(script, words):
     if script == "train.py":
         cfg = parse(train.Config, words, train.PRESETS)
         more = dict(resolution=32, steps=2, first_stage=min(cfg.first_stage, 2), batch=4, micro_batch=2, workers=0,
-                    projector_width=16, disc_ch=8, disc_warmup=min(cfg.disc_warmup, 1), gan_start=0, lpips=0,
+                    projector_width=16, disc_ch=8, gan_start=0, lpips=0,
                     preview_steps=2, align_depth=0)
         if cfg.vae != "tiny":
             more["vae"] = "runs/repa-e" if not cfg.train_vae else "tiny"

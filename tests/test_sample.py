@@ -266,7 +266,7 @@ def test_damaged_checkpoints(tmp_path):
 
 def test_seeds():
     """Seeds fit the 32 bits that CPU generators use, and differ between images, seeds and streams."""
-    seeds = {P.seed_of(seed, stream, i) for seed in range(5) for stream in ("image", "noise") for i in range(1000)}
+    seeds = {P.seed_of(seed, stream, i) for seed in range(5) for stream in ("image", "align") for i in range(1000)}
     assert len(seeds) == 10_000 and all(0 <= s < 2**32 for s in seeds)
 
 def test_labels():

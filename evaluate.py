@@ -201,7 +201,7 @@ class ClassToken(nn.Module):
     name, metric, dim = "dinov2", "FD-dinov2", 1024
     def __init__(self, repo="", weights=""):
         super().__init__()
-        self.teacher = DINOv2("dinov2_vitl14", 37 * 16, repo, weights)      # its own table, which it resamples itself
+        self.teacher = DINOv2("dinov2_vitl14", 37, repo, weights)      # its own table, which it resamples itself
     @full_float32()
     def forward(self, images):
         for size in ((images.shape[2], 224), (224, 224)):           # PIL's resize: columns, then rows, each to uint8
@@ -372,7 +372,8 @@ def sweep(opt, solver, steps):
 def gen(opt, device):
     """Metrics of a model's images, or of images in a file or folder, against a reference."""
     path, load = Path(opt.path), functools.lru_cache(1)(lambda file: load_model(file, device, opt.vae))
-    files = [path] if path.suffix in (".pt", ".pth") else sorted(path.glob("step_???????.pt"))[0 if opt.curve else -1:]
+    files = [path] if path.suffix in (".pt", ".pth") else sorted(path.glob("step_???????.pt"))
+    files = (files or sorted(path.glob("state*.pt"))[-1:])[0 if opt.curve else -1:]     # state.pt, else .prev
     tiny = "tiny" in (opt.ref, files and load(files[0]).config.get("data"))
     solver, steps, usual = ("ab2", 50, 1000) if tiny else ("sde", 250, 50_000)
     runs = list(itertools.product(files, sweep(opt, solver, steps))) or [(path, None)]
@@ -422,15 +423,24 @@ def recon(opt, device):
     stem = find_checkpoint(opt.path) if Path(opt.path).exists() else opt.path.replace("/", "-")
     report(stem, "recon", values, {"N": n, "data": opt.data, "features": net.name}, usual)
 
+def block_features(sit, z_t, t, y):
+    """The mean token behind each of SiT's blocks, [B, depth D]."""
+    seen = []
+    hooks = [block.register_forward_hook(lambda module, args, x: seen.append(x.mean(1))) for block in sit.blocks]
+    sit(z_t, t, y)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(seen, 1)
+
 def align(opt, device):
     """Have images the same neighbours behind SiT's blocks and in the latents as in the teacher? Do latents collapse?"""
     model, file = load_model(opt.path, device, opt.vae), find_checkpoint(opt.path)
     vae, sit, config, cfg = model.vae, model.sit, model.config, model.sit.cfg
     data = open_data(opt.data, cfg.size * vae.cfg.downsampling, opt.count)
     usual, default = (1000, "tiny") if config.get("data") == "tiny" else (10_000, "dinov2_vitb14")
-    n, name = opt.count or min(len(data), usual), config.get("teacher", "none").replace("none", default)
+    n, name = opt.count or min(len(data), usual), config.get("teacher", default)
     with rank0_first():
-        teacher = load_teacher(name, data.resolution, opt.repo or config.get("teacher_repo", ""), opt.weights or
+        teacher = load_teacher(name, sit.grid, opt.repo or config.get("teacher_repo", ""), opt.weights or
                                config.get("teacher_weights", ""), Shapes(data.resolution).draw).to(device)
     @full_float32()
     def latents(x):                         # uint8 [B, 3, R, R] -> the posterior's mean [B, C, h, w]
@@ -447,8 +457,7 @@ def align(opt, device):
         y = labels if data.classes == model.classes else torch.full_like(labels, cfg.num_classes)
         times = torch.full((len(x),), t, device=device)
         with autocast(device):
-            hidden = sit.hidden(interpolate(zn, eps, times, cfg.path)[0], times, y)
-        return [torch.cat([h.mean(1) for h in hidden], 1)]
+            return [block_features(sit, interpolate(zn, eps, times, cfg.path)[0], times, y)]
     rows, = gather(data, n, opt.batch, "latents", device, clean)
     collapse, z, f = rows.tensor_split((2, 2 + cfg.channels * cfg.size ** 2), 1)
     with full_float32():

@@ -14,6 +14,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -44,25 +45,24 @@ def load_weights(net, path, part=None):
 DINOV2_REPO = "facebookresearch/dinov2"
 DINOV2_REVISION = "e1277af2ba9496fbadf7aec6eba56e8d882d1e35"    # has the registers, and runs on every Python since 3.9
 DINOV2_DIMS = {"vits14": 384, "vitb14": 768, "vitl14": 1024, "vitg14": 1536}
-TEACHERS = ["tiny"] + [f"dinov2_{size}{registers}" for size in DINOV2_DIMS for registers in ("", "_reg")]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def teacher_shape(name, resolution):
-    """Tokens and width (T, d) of a teacher's output for images of this resolution, without loading it."""
-    if name not in TEACHERS:
-        raise ValueError(f"unknown teacher {name!r}: expected one of {', '.join(TEACHERS)}")
-    if name == "tiny":
-        return (resolution // TinyTeacher.stride) ** 2, TinyTeacher.dim
-    return (resolution // 16) ** 2, DINOV2_DIMS[name.split("_")[1]]     # 16 px of the image are one 14 px patch
+def resize(x, side):
+    """Images float [B, 3, R, R] -> [B, 3, side, side], bicubic: without antialias, as in the paper (256 -> 224), while
+    the scale is at least 0.8."""
+    if x.shape[-1] == side:
+        return x
+    return F.interpolate(x, (side, side), mode="bicubic", antialias=side < 0.8 * x.shape[-1])
 
 class DINOv2(nn.Module):
-    """uint8 [B, 3, R, R] -> patch tokens [B, (R/16)^2, d]: the image is resized by 14/16, so patches of 14 px fit.
+    """uint8 [B, 3, R, R] -> patch tokens [B, grid^2, d]: the image is resized to 14 grid, patches have 14 px.
     Without downloads: repo is a clone of facebookresearch/dinov2, weights a file (dinov2_vitb14_pretrain.pth).
     """
-    def __init__(self, name, resolution, repo="", weights=""):
+    stride = 14
+    def __init__(self, name, grid, repo="", weights=""):
         super().__init__()
         file = f"dinov2_{name.split('_')[1]}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
-        self.side, cached = resolution // 16, Path(torch.hub.get_dir()) / "checkpoints" / file
+        self.grid, cached = grid, Path(torch.hub.get_dir()) / "checkpoints" / file
         weights = weights or (str(cached) if cached.exists() else "")
         os.environ.setdefault("XFORMERS_DISABLED", "1")   # with xformers: graph breaks, other numbers
         try:
@@ -77,7 +77,7 @@ class DINOv2(nn.Module):
                 f"cannot load the teacher {name} {why}: name a clone of {DINOV2_REPO} with --teacher_repo=DIR, and put "
                 f"{file} into {torch.hub.get_dir()}/checkpoints or name it with --teacher_weights=FILE (evaluate.py: "
                 "--repo, --weights)") from None
-        self.net.pos_embed = nn.Parameter(self.resample(self.net.pos_embed.data, self.side), requires_grad=False)
+        self.net.pos_embed = nn.Parameter(self.resample(self.net.pos_embed.data, grid), requires_grad=False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
@@ -91,19 +91,20 @@ class DINOv2(nn.Module):
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True, align_corners=False)
         return torch.cat([first, grid.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(table.dtype)], 1)
     def preprocess(self, image):
-        """uint8 -> normalised by ImageNet's statistics, then bicubic (without antialias) to 14 px for each patch."""
-        x = (image.float() / 255 - self.mean) / self.std
-        return F.interpolate(x, (14 * self.side, 14 * self.side), mode="bicubic")
+        """uint8 -> normalised by ImageNet's statistics, then 14 px for each patch."""
+        return resize((image.float() / 255 - self.mean) / self.std, self.stride * self.grid)
     def forward(self, image):
         return self.net.forward_features(self.preprocess(image))["x_norm_patchtokens"]
 
 # -------------------------- The offline teacher of the `tiny` world: a small convnet, trained on the spot in a minute.
 
 class TinyTeacher(nn.Module):
-    """uint8 [B, 3, R, R] -> tokens [B, (R/8)^2, 64], learnt by naming each token's shape, or background."""
+    """uint8 [B, 3, R, R] -> tokens [B, grid^2, 64], learnt by naming each token's shape, or background. The image is
+    resized to 8 grid; while the teacher is trained, grid is None and the image stays as it is."""
     dim, stride = 64, 8
     def __init__(self, num_classes=10):
         super().__init__()
+        self.grid = None
         def stage(c_in, c_out, stride):
             return nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
         self.net = nn.Sequential(*stage(3, 32, 2), *stage(32, 64, 2), *stage(64, 64, 1), *stage(64, 96, 2),
@@ -114,7 +115,10 @@ class TinyTeacher(nn.Module):
         self.to(memory_format=torch.channels_last)
     def features(self, image):
         """-> tokens [B, T, 64], pooled [B, 96]."""
-        h = self.net(image.float() / 127.5 - 1).flatten(2).transpose(1, 2)                      # [B, T, 96]
+        x = image.float() / 127.5 - 1
+        if self.grid is not None:
+            x = resize(x, self.stride * self.grid)
+        h = self.net(x).flatten(2).transpose(1, 2)                                              # [B, T, 96]
         tokens = self.norm(self.token(h).flatten(0, 1))         # each feature centred: a cosine of 0 is chance
         return tokens.view(len(h), -1, self.dim), h.mean(1)
     def forward(self, image):
@@ -168,14 +172,36 @@ def load_tiny_teacher(draw):
     """-> the teacher, trained or from the cache, and its accuracy."""
     return trained_once("tiny-teacher", TinyTeacher, 0, draw, lambda net: train_tiny_teacher(net, draw))
 
-def load_teacher(name, resolution, repo="", weights="", draw=None):
-    """A frozen teacher: uint8 [B, 3, R, R] -> tokens [B, T, d], of teacher_shape's (T, d). One rank loads it first."""
-    teacher_shape(name, resolution)
-    if name != "tiny":
-        return DINOv2(name, resolution, repo, weights)
+def frozen_tiny_teacher(grid, draw):
+    """The tiny teacher for a denoiser of grid x grid tokens; draw: Shapes.draw, which it is trained on."""
     if draw is None:
-        raise ValueError(f"--teacher=tiny is trained on --data=tiny: use both, or one of {', '.join(TEACHERS[1:])}")
-    return load_tiny_teacher(draw)[0].requires_grad_(False)
+        raise ValueError("--teacher=tiny is trained on --data=tiny: use both, or one of "
+                         f"{', '.join(name for name in TEACHERS if name != 'tiny')}")
+    teacher = load_tiny_teacher(draw)[0].requires_grad_(False)
+    teacher.grid = grid
+    return teacher
+
+class Teacher(NamedTuple):
+    """An entry of TEACHERS."""
+    dim: int            # d, of its tokens
+    stride: int         # pixels of its input a token: the image is resized to stride x grid
+    load: Callable      # (grid, repo, weights, draw) -> a frozen network: uint8 [B, 3, R, R] -> tokens [B, grid^2, d]
+
+def dinov2(size, registers):
+    """The entry of one DINOv2."""
+    return Teacher(DINOV2_DIMS[size], DINOv2.stride, lambda grid, repo, weights, draw: DINOv2(
+        f"dinov2_{size}{registers}", grid, repo, weights))
+
+TEACHERS = {"tiny": Teacher(TinyTeacher.dim, TinyTeacher.stride,
+                            lambda grid, repo, weights, draw: frozen_tiny_teacher(grid, draw))}
+TEACHERS |= {f"dinov2_{size}{registers}": dinov2(size, registers) for size in DINOV2_DIMS for registers in ("", "_reg")}
+
+def load_teacher(name, grid, repo="", weights="", draw=None):
+    """A frozen teacher for a denoiser of grid x grid tokens: uint8 [B, 3, R, R] -> tokens [B, grid^2, d], of any
+    resolution R. One rank loads it first."""
+    if name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}: expected one of {', '.join(TEACHERS)}")
+    return TEACHERS[name].load(grid, repo, weights, draw)
 
 # ----------------------------- A measure of alignment that needs no projector: do the same images lie near each other?
 

@@ -233,9 +233,10 @@ def guided(sit, y, scale=1.0, low=0.0, high=1.0):
     def velocity(z, t):
         z, time = z.float(), z.new_full((len(z),), t, dtype=torch.float32)
         if scale <= 1 or not low <= t <= high:
-            return sit.velocity(z, time, y).double()
+            return sit(z, time, y)[0].double()
         null = torch.full_like(y, sit.cfg.num_classes)
-        v, v_null = sit.velocity(torch.cat([z, z]), torch.cat([time, time]), torch.cat([y, null])).double().chunk(2)
+        both, _ = sit(torch.cat([z, z]), torch.cat([time, time]), torch.cat([y, null]))
+        v, v_null = both.double().chunk(2)
         return v_null + scale * (v - v_null)
     return velocity
 
@@ -297,10 +298,11 @@ def load_model(path, device="cpu", vae=""):
     keys = set(file) if isinstance(file, dict) else set()
     ours = {"sit_config", "ema"} <= keys
     if "vae_config" in keys and not ours:
-        raise ValueError(f"{path} holds a VAE without a SiT (--sit=none): train one with --vae={path}")
+        raise ValueError(f"{path} holds a VAE without a SiT (--method=vae): train one with --vae={path}")
     with reading(path, "checkpoint of train.py, REPA-E, REPA or SiT"):
         cfg, state = (config_from_dict(SiTConfig, file["sit_config"]), file["ema"]) if ours else published_sit(file)
         sit = load_strict(SiT(cfg), state, f"{path}: its SiT")
+        sit.projectors = torch.nn.ModuleList()          # sampling needs no tokens
     if vae in VAES or not vae and "vae" not in keys:
         raise ValueError((f"--vae={vae} is untrained" if vae else f"{path} holds no VAE") +
                          ": name one with --vae=..., for REPA and SiT: hf:stabilityai/sd-vae-ft-mse")

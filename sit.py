@@ -217,7 +217,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()     # the residual stream keeps this layout
 
 class SiT(nn.Module):
-    """The denoiser. Its three uses are forward (SiT step), align_only (VAE step) and velocity (sampling)."""
+    """The denoiser: SiT's step, the alignment in the VAE's step and sampling all call forward."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, D, wide = cfg, cfg.width, cfg.projector_width
@@ -245,39 +245,34 @@ class SiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-    def embed(self, z_t, t, y, drop=None):
-        """-> tokens x [B, T, D] and condition c [B, D]. Where drop [B] (bool) is True, y is the null class."""
-        y = y if drop is None else torch.where(drop, self.cfg.num_classes, y)
-        return self.x_embedder(z_t) + self.pos_embed, self.t_embedder(t) + self.y_embedder.embedding_table(y)
+    @property
+    def grid(self):
+        """Side of the square of tokens."""
+        return self.cfg.size // self.cfg.patch
+
     def unpatchify(self, x):
         """[B, T, patch * patch * C] -> [B, C, H, W]; the last axis is ordered (row in the patch, column, channel)."""
-        B, p, n = len(x), self.cfg.patch, self.cfg.size // self.cfg.patch
+        B, p, n = len(x), self.cfg.patch, self.grid
         x = x.view(B, n, n, p, p, self.cfg.channels).permute(0, 5, 1, 3, 2, 4)      # [B, C, n, p, n, p]
         return x.reshape(B, self.cfg.channels, n * p, n * p)
-    def forward(self, z_t, t, y, drop=None):
-        """z_t [B, C, H, W] normalised noisy latents, t [B], labels y [B], drop [B] bool or None
-        -> v [B, C, H, W], and a list of projected tokens [B, T, d_teacher], one for each projector."""
-        x, c = self.embed(z_t, t, y, drop)
+    def forward(self, z_t, t, y, drop=None, depth=None):
+        """Velocity and projected tokens; where drop is True, the label is the null class.
+
+        z_t [B, C, H, W] normalised noisy latents, t [B], labels y [B], drop [B] bool or None
+        -> v [B, C, H, W], or None if depth is given: then no block behind that one runs;
+        tokens of block align_depth, a list of [B, T, d_teacher], one for each projector.
+        """
+        y = y if drop is None else torch.where(drop, self.cfg.num_classes, y)
+        x = self.x_embedder(z_t) + self.pos_embed                               # [B, T, D]
+        c = self.t_embedder(t) + self.y_embedder.embedding_table(y)             # [B, D]
         tokens = []
         for i, block in enumerate(self.blocks, 1):
             x = block(x, c)
             if i == self.cfg.align_depth:
                 tokens = [project(x) for project in self.projectors]
+            if i == depth:
+                return None, tokens
         return self.unpatchify(self.final_layer(x, c)), tokens
-    def align_only(self, z_t, t, y):
-        """The projected tokens of forward, without the blocks behind align_depth and without label dropout."""
-        h = self.hidden(z_t, t, y, self.cfg.align_depth)[-1]
-        return [project(h) for project in self.projectors]
-    def velocity(self, z_t, t, y):
-        """v [B, C, H, W] alone."""
-        x, c = self.embed(z_t, t, y)
-        for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
-    def hidden(self, z_t, t, y, depth=None):
-        """The tokens behind each block (of the first `depth`), a list of [B, T, D]."""
-        x, c = self.embed(z_t, t, y)
-        return [x := block(x, c) for block in self.blocks[:depth]]
 
 # - Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
 

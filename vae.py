@@ -595,8 +595,9 @@ def find_checkpoint(name):
         return path
     steps = [p for p in [*path.glob("*.pt"), *path.glob("checkpoints/*.pt")] if re.fullmatch(r"(step_)?\d{7,}", p.stem)]
     weights = [p for p in (path / f"diffusion_pytorch_model.{end}" for end in ("safetensors", "bin")) if p.exists()]
+    weights += [p for p in (path / "state.pt", path / "state.prev.pt") if p.exists()]       # a run without snapshots
     if not steps and not weights:
-        raise ValueError(f"{path} holds no checkpoint (step_0000000.pt): name a run's folder or a file")
+        raise ValueError(f"{path} holds no checkpoint (step_0000000.pt or state.pt): name a run's folder or a file")
     return max(steps, key=lambda p: int(p.stem.removeprefix("step_"))) if steps else weights[0]
 
 def read_weights(path):

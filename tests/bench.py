@@ -43,12 +43,12 @@ def largest_difference(ours, peer, step, args):
     t = torch.rand(B, 1, 1, 1) if cfg.weighting == "uniform" else torch.randn(B, 1, 1, 1).exp()
     t = t.flatten() if cfg.weighting == "uniform" else (t / (1 + t)).flatten()
     eps = torch.randn(B, *ours.latent)
-    drawn = t, eps, noise, torch.rand(B) < cfg.label_drop
+    drawn = train.Draws(0, t, eps, noise, torch.rand(B) < cfg.label_drop, torch.zeros(B, dtype=torch.bool))
     mine = {name: value.item() for name, value in getattr(ours, step)(*args, drawn).items()}
     torch.manual_seed(1)
     theirs = getattr(peer, step)(*args)
-    return max(abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-6) for name in mine
-               if name != "norm_sit")       # theirs counts the gradient of its position table
+    shared = mine.keys() & theirs.keys() - {"norm_sit"}     # theirs counts the gradient of its position table
+    return max(abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-6) for name in shared)
 
 def counted(cfg, step):
     """ours.step (or .frozen_step) without storage, one image -> {part: FLOPs}."""
@@ -60,9 +60,8 @@ def counted(cfg, step):
         with FlopCounterMode(display=False) as counter:
             yield
         flops[name] += counter.get_total_flops()
-    ours.part = part
     with fake:
-        getattr(ours, step)(*inputs(ours, step), draws_like(ours))
+        getattr(ours, step)(*inputs(ours, step), draws_like(ours), part)
     return flops
 
 def bench_count(cfg, rate=0.35 * 790e12):
@@ -75,7 +74,7 @@ def bench_count(cfg, rate=0.35 * 790e12):
             joint = flops
     ours = Ours(replace(cfg, batch=1), torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
     for name, part in (("vae", "VAE backward"), ("disc", "discriminator"), ("sit", "SiT backward")):
-        size = 4 * sum(p.numel() for p in ours.nets[name].parameters() if p.requires_grad)
+        size = 4 * sum(p.numel() for p in getattr(ours.nets, name).parameters())
         seconds = cfg.batch * joint[part] / rate
         print(f"{name}: {size / 1e9:.3f} GB of float32 gradients, {part} {seconds * 1e3:.0f} ms at {rate / 1e12:.0f} "
               "TFLOP/s" + "".join(f"; {n} GPUs send {2 * (n - 1) / n * size / 1e9:.2f} GB each, hidden from "
@@ -85,7 +84,8 @@ def draws_like(ours):
     """Draws of the right shapes, of no particular value."""
     B, device = ours.cfg.batch, ours.device
     eps, noise = (torch.randn(B, *ours.latent, device=device) for _ in range(2))
-    return torch.rand(B, device=device), eps, noise, torch.rand(B, device=device) < 0.1
+    drop, flip = torch.rand(2, B, device=device) < 0.1
+    return train.Draws(0, torch.rand(B, device=device), eps, noise, drop, flip)
 
 def inputs(ours, step):
     """Random images and labels; moments of a cache first, where there is one."""
@@ -156,11 +156,10 @@ def bench_step(cfg, device, step, name, checkout):
         yield
         drain()
         ms[name] += (clock() - begin) * 1e3 / n
-    ours.part = part
-    turns(n, drain, ours=calls["ours"])
-    for part, value in ms.items():
-        print(f"  {part:20s} {value:9.1f} ms {100 * value / sum(ms.values()):5.1f}% "
-              f"{flops[part] / 1e9:9.1f} GFLOP an image")
+    turns(n, drain, ours=lambda: getattr(ours, step)(*args, ours.draws(next(number)), part))
+    for name, value in ms.items():
+        print(f"  {name:20s} {value:9.1f} ms {100 * value / sum(ms.values()):5.1f}% "
+              f"{flops[name] / 1e9:9.1f} GFLOP an image")
 
 def bench_sampling(cfg, device, checkout, steps=10):
     """The paper's SDE sampler with guidance 2.2 on [0, 0.65], images decoded; theirs beside it on the same numbers."""
@@ -168,10 +167,12 @@ def bench_sampling(cfg, device, checkout, steps=10):
     steps = 50 if device.type == "cuda" else steps
     cfg = replace(cfg, lpips_legacy_range=False)
     ours = Ours(cfg, device)
-    ours.sit.requires_grad_(False)
-    peer, rows = Peer(checkout, ours) if checkout else None, []
-    hook = ours.sit.x_embedder.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    y, model = torch.randint(0, 1000, (cfg.batch,), device=device), Model(ours.vae, ours.sit, [], {}, 0)
+    peer = Peer(checkout, ours) if checkout else None
+    sit = ours.nets.sit.requires_grad_(False)
+    sit.projectors = torch.nn.ModuleList()          # as sample.load_model does
+    rows = []
+    hook = sit.x_embedder.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    y, model = torch.randint(0, 1000, (cfg.batch,), device=device), Model(ours.nets.vae, sit, [], {}, 0)
     z = torch.randn(cfg.batch, *ours.latent, device=device)
     for scale, low, high in ((1.0, 0.0, 1.0), (2.2, 0.0, 0.65)):
         rows.clear()
@@ -189,7 +190,7 @@ def bench_sampling(cfg, device, checkout, steps=10):
             with torch.no_grad():
                 b = theirs()[0]
                 torch.manual_seed(2)
-                a = euler_maruyama(guided(ours.sit, y, scale, low, high), z.double(), steps,
+                a = euler_maruyama(guided(sit, y, scale, low, high), z.double(), steps,
                                    lambda: torch.randn_like(z.double()), cfg.path)
             print(f"sampling, {text}: largest difference of a latent {(a - b).abs().max():.1e} of {b.abs().max():.1f}")
             calls["peer"] = torch.no_grad()(theirs)
@@ -250,37 +251,39 @@ def bench_memory(cfg):
         for B in (1, 2):
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             ours = Ours(replace(cfg, compile="0"), torch.device("cpu"), fake)
-            sit, judges = ours.sit, [maybe(net) for net in (ours.perceptual, ours.disc) if net]
+            sit, disc = ours.nets.sit, ours.nets.disc
+            judges = [maybe(net) for net in (ours.nets.lpips, disc) if net]
             for block in sit.blocks:
                 maybe(block)
             with fake:
                 x = torch.rand(B, 3, cfg.resolution, cfg.resolution)
                 z, noise = (torch.rand(B, *ours.latent) for _ in range(2))
                 t, y, rec = torch.rand(B), torch.zeros(B, dtype=torch.long), x.clone().requires_grad_()
-                with train.frozen(ours.disc):
+                with train.frozen(disc):
                     counts["LPIPS and D's share"].append(kept_bytes(
-                        judges, lambda: [net(rec) if net is ours.disc else net(x, rec) for net in judges]))
+                        judges, lambda: [net(rec) if net is disc else net(x, rec) for net in judges]))
                 with as_on_a_gpu():
                     counts["SiT step"].append(kept_bytes([sit], lambda: sit(z, t, y)))
                     for n in range(levels + 1):
                         torch._dynamo.reset()           # lest it gives up after so many variants
-                        vae = VAE(ours.vae.cfg)
+                        vae = VAE(ours.nets.vae.cfg)
                         for level in [*vae.encoder.down[:n], *vae.decoder.up[:n]]:
                             level.recompute = True
                         counts[f"VAE, --recompute={n}"].append(kept_bytes([vae], lambda: maybe(vae)(x, noise)))
-                    block = maybe(VAE(ours.vae.cfg).encoder.down[0].block[0])
+                    block = maybe(VAE(ours.nets.vae.cfg).encoder.down[0].block[0])
                     h = torch.rand(B, vae.cfg.ch, *x.shape[2:], requires_grad=True, dtype=torch.bfloat16)
                     counts["one block, computed again"].append(kept_bytes([block], lambda: block(h)))
                     with train.frozen(sit):
                         z.requires_grad_()
-                        counts["alignment pass"].append(kept_bytes([sit], lambda: sit.align_only(z, t, y)))
+                        counts["alignment pass"].append(kept_bytes(
+                            [sit], lambda: sit(z, t, y, depth=sit.cfg.align_depth)))
         image = {name: two - one for name, (one, two) in counts.items()}
         fixed = {name: one - image[name] for name, (one, _) in counts.items()}
         for name in counts:
             print(f"{title}, kept for the backward, {name:28s} {image[name] / 2**20:8.1f} MiB an image + "
                   f"{fixed[name] / 2**20:.1f} MiB")
-        numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in ours.nets.items()}
-        frozen = sum(p.numel() for net in filter(None, (ours.teacher, ours.perceptual)) for p in net.parameters())
+        numbers = {name: sum(p.numel() for p in getattr(ours.nets, name).parameters()) for name in ("vae", "disc", "sit")}
+        frozen = sum(p.numel() for net in (ours.nets.teacher, ours.nets.lpips) if net for p in net.parameters())
         state = 4 * (3 * sum(numbers.values()) + numbers["sit"] + frozen)       # weights, AdamW's two, EMA
         for n in range(levels + 1):
             joint = [f"VAE, --recompute={n}", "LPIPS and D's share", "alignment pass"]

@@ -70,15 +70,19 @@ def dinov2_vits14(pretrained=True):
     return net
 """
 
-def config(out, vae):
-    return train.Config(out=str(out), vae=str(vae), data="tiny", resolution=32, sit="2-32-2/4", teacher="none", steps=1,
-                        batch=2, repa_sit=0.0, repa_vae=0.0, lpips=0.0, disc_ch=4, vae_ema=0.5,
-                        workers=0, preview_steps=2, compile="0")
+
+def config(out, vae, **more):
+    """A run of one step without a teacher, the GAN on."""
+    return train.Config(out=str(out), vae=str(vae), data="tiny", resolution=32, sit="2-32-2/4",
+                        batch=2, align_sit=0.0, align_vae=0.0, lpips=0.0, disc_ch=4, gan_start=0,
+                        vae_ema=0.5, workers=0, preview_steps=2, compile="0",
+                        **{"steps": 1} | more)
+
 
 def make(root):
     """The folders of the originals, each with the files that are damaged and what these need beside them."""
     torch.manual_seed(0)
-    for name in "data flat pack cache vae run joint sit old reference inception hub".split():
+    for name in "data flat pack cache vae run later joint sit old reference inception hub".split():
         (root / name).mkdir()
     noise, shapes = np.random.default_rng(0), V.Shapes(32)[range(6)][0].permute(0, 2, 3, 1).numpy()
     for i, end in enumerate(("jpg", "png", "webp", "bmp", "JPEG", "png")):
@@ -91,6 +95,11 @@ def make(root):
 
     torch.save(V.VAE(V.VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)).state_dict(), root / "start.pt")
     train.run(config(root / "run", root / "start.pt"), 0, 1, torch.device("cpu"))
+    later = config(root / "later", root / "start.pt", steps=2, save_every=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                            # as the cases: its second step is repeated
+    train.run(later, 0, 1, torch.device("cpu"))
+    torch.set_num_threads(threads)
     V.export(str(root / "run"), str(root / "vae"))
     (root / "diffusers").mkdir()
     for name in ("diffusion_pytorch_model.safetensors", "config.json"):
@@ -140,15 +149,29 @@ def cached(folder, encode):
         V.encode(vae, pack, str(folder), batch=1)
     return everything(V.Cached(V.open_images(pack), folder, V.load_vae(vae)[0]))
 
-def begun(folder):
-    return train.build(config(folder, folder / "vae.pt"), V.Shapes(32), None, 1, torch.device("cpu"))
 
-def resumed(folder):
-    """One step more, and what that saves: a wrong bit in anything that is restored would be in it."""
-    cfg = dataclasses.replace(config(folder, ""), steps=2, keep=9)
-    train.run(cfg, 0, 1, torch.device("cpu"))
-    return [[value for key, value in torch.load(folder / f"step_0000002{half}.pt", weights_only=True).items()
-             if key != "config"] for half in ("", ".resume")]
+def begun(folder):
+    """A new run's networks from the VAE's files."""
+    cfg = config(folder, folder / "vae.pt")
+    nets, *rest = train.build(cfg, V.Shapes(32), None, 1, torch.device("cpu"))
+    return nets.vae, nets.sit, nets.disc, rest
+
+
+def resumed(folder, steps):
+    """A run goes on to `steps`; a wrong bit in anything that it restores is in what that saves."""
+    train.run(config(folder, "", steps=steps), 0, 1, torch.device("cpu"))
+    state = torch.load(folder / "state.pt", weights_only=True)
+    return [value for key, value in state.items() if key != "config"]
+
+
+def resumed_from_previous(folder):
+    """A damaged state.pt beside a whole state.prev.pt ends no run: that goes on from the older."""
+    try:
+        return resumed(folder, 3)
+    except V.Unreadable as error:
+        assert not str(error).startswith(f"{folder / 'state.pt'} is damaged"), "state.prev.pt is whole"
+        raise
+
 
 def initialised(folder):
     sit = T.SiT(T.SiTConfig(2, 32, 2, 4, 4, 16, 10, (), 1, 16))
@@ -176,7 +199,7 @@ def hub(read):
     return read_from
 
 def dinov2(folder):
-    return R.DINOv2("dinov2_vits14", 32, str(folder), str(folder / "dinov2.pth"))
+    return R.DINOv2("dinov2_vits14", 2, str(folder), str(folder / "dinov2.pth"))
 
 ORIGINAL = "originals/vae/vae.pt"
 READERS = {             # name: its folder, the files that are damaged, whether they carry checksums, how they are read
@@ -190,11 +213,11 @@ READERS = {             # name: its folder, the files that are damaged, whether 
     "statistics": ("vae", "*stats.pt", True, begun),
     "discriminator": ("vae", "*disc*.pt", True, begun),
     "diffusers": ("diffusers", "*", False, lambda folder: V.load_vae(str(folder))),
-    "checkpoint": ("run", "*001.pt", True, lambda folder: played(folder)),
+    "snapshot": ("run", "*001.pt", True, lambda folder: played(folder)),
     # of load_vae's three values the discriminator is as it is in the file, and checked by the networks that load it
-    "checkpoint's VAE": ("run", "*001.pt", True, lambda folder: V.load_vae(str(folder))[:2]),
+    "snapshot's VAE": ("run", "*001.pt", True, lambda folder: V.load_vae(str(folder))[:2]),
     "--init": ("run", "*001.pt", True, initialised),
-    "resume": ("run", "step*.pt", True, resumed),
+    "resume": ("run", "state.pt", True, lambda folder: resumed(folder, 2)),
     "joint checkpoint": ("joint", "*", True, lambda folder: played(folder / "7.pt")),
     "SiT": ("sit", "*", True, lambda folder: played(folder / "sit.pt", str(folder.parent / ORIGINAL))),
     "SiT, old format": ("old", "*", False, lambda folder: played(folder / "sit.pt", str(folder.parent / ORIGINAL))),
@@ -203,6 +226,7 @@ READERS = {             # name: its folder, the files that are damaged, whether 
     "hub: Inception": ("hub", "checkpoints/pt_*", True, hub(lambda folder: E.load_inception())),
     "hub: tiny teacher": ("hub", "checkpoints/tiny*", True, hub(lambda _: R.load_tiny_teacher(V.Shapes(32).draw))),
     "hub: DINOv2": ("hub", "dinov2.pth", True, hub(dinov2)),
+    "resume, one before": ("later", "state.pt", True, resumed_from_previous),
 }
 
 def fingerprint(x):
@@ -380,10 +404,13 @@ class Hang(BaseException):
 def ring(*_):
     raise Hang
 
+
 def plan(seed, case):
-    """-> a case's reader, its damage, and its dice."""
-    how = DAMAGES[(case + case // len(READERS)) % len(DAMAGES)]
-    return list(READERS)[case % len(READERS)], how, random.Random(f"{seed}/{case}")
+    """-> a case's reader, its damage, and its dice. Each reader meets all damages in turn."""
+    turn, reader = divmod(case, len(READERS))
+    how = DAMAGES[(turn + reader) % len(DAMAGES)]
+    return list(READERS)[reader], how, random.Random(f"{seed}/{case}")
+
 
 def prepare(root, name):
     """A fresh copy of a reader's folder."""

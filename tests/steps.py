@@ -1,33 +1,34 @@
-"""One training step for tests/bench.py to time: ours by train.py's own calls, and the authors' from a checkout."""
+"""What tests/bench.py and tests/gpu.py time: train.train_step on random weights, and the authors' step from a checkout."""
 import copy
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import train
-from repa import DINOv2, TinyTeacher, align_loss, teacher_shape
-from sample import autocast, can_compile
-from sit import SiT, SiTConfig, interpolate
-from vae import (PUBLISHED, VAE, VAES, Discriminator, Perceptual, discriminator_loss, generator_loss, kl_divergence,
-                 reconstruction_loss, to_float)
+from repa import TEACHERS, DINOv2, TinyTeacher
+from sample import can_compile
+from sit import SiT, SiTConfig
+from vae import PUBLISHED, VAE, VAES, Discriminator, Perceptual
 
-def random_teacher(cfg):
+
+def random_teacher(cfg, grid):
     """A teacher of the true shape with random weights."""
     if cfg.teacher == "tiny":
-        return TinyTeacher().eval()
+        teacher = TinyTeacher().eval()
+        teacher.grid = grid
+        return teacher
     import timm
     size = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}[cfg.teacher.split("_")[1]]
-    vit = timm.create_model(f"vit_{size}_patch14_dinov2", img_size=14 * (cfg.resolution // 16), dynamic_img_size=False)
+    vit = timm.create_model(f"vit_{size}_patch14_dinov2", img_size=14 * grid, dynamic_img_size=False)
     net = DINOv2.__new__(DINOv2)
     nn.Module.__init__(net)
-    net.side, net.net = cfg.resolution // 16, vit
+    net.grid, net.net = grid, vit
     vit.forward_features_of_timm = vit.forward_features
     vit.forward_features = lambda x: {"x_norm_patchtokens": vit.forward_features_of_timm(x)[:, 1:]}
     net.register_buffer("mean", torch.zeros(3, 1, 1))
@@ -44,107 +45,94 @@ def random_perceptual(legacy_range):
     return net.eval()
 
 class Ours:
-    """The networks of a run, and its step. `part` is a context manager around each part, by name; `fake` a mode in
+    """The networks of a joint run with random weights of the true shapes, and train.train_step on them. fake: a mode in
     which tensors have shapes but no storage, for counting."""
+
     def __init__(self, cfg, device, fake=None):
         torch.manual_seed(0)
         depth, width, heads, patch, align_depth = train.architecture(cfg)
-        self.cfg, self.device, self.part = cfg, device, lambda name: nullcontext()
-        teacher = random_teacher(cfg).requires_grad_(False)                     # timm needs real numbers to build it
-        perceptual = random_perceptual(cfg.lpips_legacy_range).requires_grad_(False) if cfg.lpips else None
+        self.cfg, self.device = replace(cfg, gan_start=0), device
+        vae_config = VAES[PUBLISHED.get(cfg.vae, cfg.vae)]
+        side = cfg.resolution // vae_config.downsampling
+        self.latent = vae_config.z_channels, side, side
+        teacher = random_teacher(cfg, side // patch).requires_grad_(False)      # timm needs real numbers to build it
+        lpips = random_perceptual(cfg.lpips_legacy_range).requires_grad_(False) if cfg.lpips else None
         with fake or nullcontext():
-            self.vae = vae = VAE(VAES[PUBLISHED.get(cfg.vae, cfg.vae)])
-            side = cfg.resolution // vae.cfg.downsampling
-            dims = (teacher_shape(cfg.teacher, cfg.resolution)[1],)
-            self.sit = SiT(SiTConfig(depth, width, heads, patch, vae.cfg.z_channels, side, 1000, dims, align_depth,
-                                     cfg.projector_width))
-            self.disc = Discriminator(cfg.disc_ch)
+            vae, disc = VAE(vae_config), Discriminator(cfg.disc_ch)
+            sit = SiT(SiTConfig(depth, width, heads, patch, vae_config.z_channels, side, 1000,
+                                (TEACHERS[cfg.teacher].dim,), align_depth, cfg.projector_width))
             with torch.no_grad():                   # adaLN-Zero would hide the blocks from any comparison
-                for p in [*self.sit.parameters(), *vae.parameters()]:
+                for p in [*sit.parameters(), *vae.parameters()]:
                     p.add_(0.02 * torch.randn_like(p))
-        self.nets = {"vae": vae, "disc": self.disc, "sit": self.sit}
-        self.teacher, self.perceptual = teacher, perceptual
-        self.latent, self.opts = (vae.cfg.z_channels, side, side), {}
         if not fake:
-            for net in filter(None, (vae, self.sit, self.disc, teacher)):
+            for net in filter(None, (vae, sit, disc, teacher)):
                 net.to(device, memory_format=torch.channels_last)
-            if perceptual:
-                perceptual.to(device)
-            self.ema = copy.deepcopy(self.sit).requires_grad_(False)
-            self.opts = {name: train.make_optimizer(net, 1e-4) for name, net in self.nets.items()}
+            if lpips:
+                lpips.to(device)
+        self.nets = train.Networks(vae, sit, disc, teacher, lpips)
+        self.opts = {}
+        if not fake:
+            self.nets.ema = copy.deepcopy(sit).requires_grad_(False)
+            self.opts = {name: train.make_optimizer(getattr(self.nets, name), 1e-4) for name in ("vae", "disc", "sit")}
         for level in [*vae.encoder.down[: cfg.recompute], *vae.decoder.up[: cfg.recompute]]:
             level.recompute = True
         if cfg.compile == "1" or (cfg.compile == "auto" and can_compile(device)):
-            train.compile_networks(replace(cfg, train_vae=True), vae, self.sit, self.disc, teacher, perceptual)
+            train.compile_networks(self.cfg, self.nets)
 
     def draws(self, n):
-        return train.draws(self.cfg, n, 0, 1, self.latent, self.device)[:4]
+        return train.draws(self.cfg, n, 0, 1, self.latent, self.device)
 
-    def step(self, image, y, drawn):
-        """-> the losses by name."""
-        (t, eps, noise, drop), now, cfg, part = drawn, {}, self.cfg, self.part
-        x = to_float(image).contiguous(memory_format=torch.channels_last)
-        with part("teacher"), torch.no_grad(), autocast(self.device):
-            f = [self.teacher(image)]
-        with train.frozen(self.sit, self.disc):
-            with part("VAE forward"), autocast(self.device):
-                z, rec, mean, logvar = self.vae(x, noise)
-            with part("VAE losses"):
-                now["l1"] = reconstruction_loss(x, rec, cfg.recon_loss)
-                now["lpips"] = self.perceptual(x, rec) if self.perceptual else x.new_zeros(())
-                now["kl"] = kl_divergence(mean, logvar)
-                now["gan"] = generator_loss(self.disc(rec))
-            with part("alignment pass"):
-                z_t, _ = interpolate(self.sit.bn(z), eps, t, cfg.path)
-                with autocast(self.device):
-                    h = self.sit.align_only(z_t, t, y)
-                now["align_vae"] = align_loss(h, f)
-            loss = now["l1"] + cfg.lpips * now["lpips"] + cfg.kl * now["kl"] + cfg.gan * now["gan"]
-            with part("VAE backward"):
-                (loss + cfg.repa_vae * now["align_vae"]).backward()
-        with part("discriminator"):
-            now["disc"] = discriminator_loss(self.disc(x), self.disc(rec.detach()))
-            now["disc"].backward()
-        now |= self.diffusion(self.sit.bn.normalise_batch(z.detach()), y, f, t, eps, drop)
-        if self.opts:
-            now |= self.update()
-        return now
+    def step(self, image, y, r, part=None):
+        """The joint step -> its terms by name. part(name): a context that is entered around each part."""
+        with in_parts(self.nets, part, ("VAE backward", "discriminator", "SiT backward")) as nets:
+            return train.train_step(self.cfg, nets, self.opts, iter([(image, y)]), r)[0]
 
-    def frozen_step(self, moments, image, y, drawn):
-        """The step of --train_vae=0 with a cache of latents: SiT and REPA alone."""
-        t, eps, noise, drop = drawn
-        with self.part("teacher"), torch.no_grad(), autocast(self.device):
-            f = [self.teacher(image)]
-        with torch.no_grad():
-            zn = self.sit.bn(VAE.sample(*train.posterior(None, None, [moments]), noise))
-        now = self.diffusion(zn, y, f, t, eps, drop)
-        return now | self.update("sit") if self.opts else now
+    def frozen_step(self, moments, image, y, r, part=None):
+        """The step of --method=repa with a cache of latents: SiT and alignment alone."""
+        frozen = train.Networks(self.nets.vae, self.nets.sit, teacher=self.nets.teacher, ema=self.nets.ema)
+        opts = {name: opt for name, opt in self.opts.items() if name == "sit"}
+        with in_parts(frozen, part, ("SiT backward",)) as nets:
+            return train.train_step(replace(self.cfg, method="repa"), nets, opts, iter([(image, y, moments)]), r)[0]
 
-    def diffusion(self, zn, y, f, t, eps, drop):
-        with self.part("SiT forward"):
-            z_t, target = interpolate(zn, eps, t, self.cfg.path)
-            with autocast(self.device):
-                v, h = self.sit(z_t, t, y, drop)
-            now = {"v": F.mse_loss(v.float(), target), "align_sit": align_loss(h, f)}
-        with self.part("SiT backward"):
-            (now["v"] + self.cfg.repa_sit * now["align_sit"]).backward()
-        return now
 
-    def update(self, *names):
-        names = names or list(self.nets)
-        with self.part("clip, check, AdamW"):
-            norms = {f"norm_{name}": nn.utils.clip_grad_norm_(self.nets[name].parameters(), self.cfg.clip)
-                     for name in names}
-            ok = train.all_finite(*norms.values())
-            for name in names:
-                self.opts[name].found_inf = (~ok).float()
-                self.opts[name].step()
-                self.opts[name].zero_grad()
-            if "vae" in names:
-                self.sit.bn.commit(ok)
-        with self.part("EMA"):
-            train.ema_update(self.ema, self.sit, self.cfg.ema, ok)
-        return norms
+class Part:
+    """A network whose calls are a part of the step; all else is the network's own."""
+
+    def __init__(self, net, part, name):
+        self.net, self.part, self.name = net, part, name
+
+    def __call__(self, *args, **kwargs):
+        with self.part(self.name):
+            return self.net(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.net, name)
+
+
+@contextmanager
+def in_parts(nets, part, backwards):
+    """-> the networks, with part(name) around their calls, the backward passes (their names in order) and the update.
+    Between the parts lie only losses and interpolants."""
+    if part is None:
+        yield nets
+        return
+    order, backward, update = iter(backwards), torch.Tensor.backward, train.update
+
+    def named_backward(loss):
+        with part(next(order)):
+            backward(loss)
+
+    def named_update(*args):
+        with part("clip, check, AdamW, EMA"):
+            return update(*args)
+    direct = {"teacher": "teacher", "lpips": "LPIPS, D on rec", "disc": "LPIPS, D on rec", "sit": "alignment pass"}
+    trained = {"vae": "VAE forward", "disc": "discriminator", "sit": "SiT forward"}
+    wrapped = {name: Part(getattr(nets, name), part, title) for name, title in direct.items()
+               if getattr(nets, name) is not None}
+    ddp = {name: Part(net, part, trained[name]) for name, net in nets.ddp.items()}
+    with patch.object(torch.Tensor, "backward", named_backward), patch.object(train, "update", named_update):
+        yield replace(nets, ddp=ddp, **wrapped)
+
 
 class Peer:
     """train_repae.py's and train_ldm_only.py's step without their data and logging services, in their order, with their
@@ -166,15 +154,16 @@ class Peer:
         from models.sit import SiT as TheirSiT
         import samplers
         import train_repae
-        cfg, vae, sit, device = ours.cfg, ours.vae.cfg, ours.sit.cfg, ours.device
-        self.cfg, self.device, self.teacher = cfg, device, ours.teacher
+        cfg, nets, device = ours.cfg, ours.nets, ours.device
+        vae, sit = nets.vae.cfg, nets.sit.cfg
+        self.cfg, self.device, self.teacher = cfg, device, nets.teacher
         self.samplers, self.script = samplers, train_repae
         shape = dict(ch=vae.ch, ch_mult=vae.ch_mult, num_res_blocks=vae.num_res_blocks, z_channels=vae.z_channels,
                      resolution=cfg.resolution // vae.patch, in_channels=3 * vae.patch**2, out_ch=3 * vae.patch**2,
                      attn_resolutions=(cfg.resolution // vae.downsampling,) if vae.attn_last else ())
         self.vae = autoencoder.AutoencoderKL(vae.z_channels, vae.ch_mult)
         self.vae.encoder, self.vae.decoder = autoencoder.Encoder(**shape), autoencoder.Decoder(**shape)
-        self.vae.load_state_dict(ours.vae.state_dict())
+        self.vae.load_state_dict(nets.vae.state_dict())
         for module in self.vae.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = vae.groups
@@ -186,7 +175,7 @@ class Peer:
                             num_heads=sit.heads, class_dropout_prob=cfg.label_drop, num_classes=sit.num_classes,
                             z_dims=list(sit.teacher_dims), projector_dim=sit.projector_width, fused_attn=True,
                             qk_norm=False)
-        self.sit.load_state_dict(ours.sit.state_dict())
+        self.sit.load_state_dict(nets.sit.state_dict())
         config = yaml.safe_load((Path(checkout) / "configs/l1_lpips_kl_gan.yaml").read_text())
         config["losses"] |= {"discriminator_weight": cfg.gan, "perceptual_weight": cfg.lpips, "kl_weight": cfg.kl}
         vgg16 = their_lpips.models.vgg16
@@ -195,9 +184,9 @@ class Peer:
         self.loss = ReconstructionLoss_Single_Stage(json.loads(json.dumps(config), object_hook=Dict))
         their_lpips.models.vgg16 = vgg16
         self.loss.discriminator = NLayerDiscriminator(ndf=cfg.disc_ch)
-        self.loss.discriminator.load_state_dict(ours.disc.state_dict())
+        self.loss.discriminator.load_state_dict(nets.disc.state_dict())
         if cfg.lpips:
-            self.loss.perceptual_loss.lpips.load_state_dict(ours.perceptual.net.state_dict(), strict=False)
+            self.loss.perceptual_loss.lpips.load_state_dict(nets.lpips.net.state_dict(), strict=False)
         else:
             del self.loss.perceptual_loss
             self.loss.perceptual_loss = lambda x, rec: x.new_zeros(())
@@ -241,7 +230,7 @@ class Peer:
             self.sit.eval()
             vae_loss, log = self.loss(x, rec, posterior, 0, "generator")
             align = self.sit(x=z, y=y, zs=f, loss_kwargs=how, time_input=None, noises=None)
-            vae_loss = vae_loss.mean() + cfg.repa_vae * align["proj_loss"].mean()
+            vae_loss = vae_loss.mean() + cfg.align_vae * align["proj_loss"].mean()
             norm_vae = self.apply(vae_loss, "vae")
             d_loss, d_log = self.loss(x, rec, posterior, 0, "discriminator")
             norm_disc = self.apply(d_loss.mean(), "disc")
@@ -269,7 +258,7 @@ class Peer:
 
     def diffusion(self, z, y, f, how, t, eps):
         out = self.sit(x=z, y=y, zs=f, loss_kwargs=how, time_input=t, noises=eps)
-        loss = out["denoising_loss"].mean() + self.cfg.repa_sit * out["proj_loss"].mean()
+        loss = out["denoising_loss"].mean() + self.cfg.align_sit * out["proj_loss"].mean()
         norm = self.apply(loss, "sit")
         self.script.update_ema(self.ema, self.plain_sit)
         scalars = {"sit": loss, "v": out["denoising_loss"], "align_sit": out["proj_loss"], "norm_sit": norm}

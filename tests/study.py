@@ -29,17 +29,18 @@ TINY = "--sit=4-128-4/2 --ema=0.99 --preset=tiny"      # a smaller SiT, and an a
 VARIANTS = {    # name: (what it is, settings, the run whose VAE it starts from)
     "sit": ("plain SiT, frozen VAE", TINY + ",sit", "vae"),
     "repa": ("REPA, frozen VAE", TINY + ",repa", "vae"),
-    "repa-e": ("REPA-E", TINY + " --repa_vae=1.5", "vae"),
+    "repa-e": ("REPA-E", TINY + " --align_vae=1.5", "vae"),
     "naive": ("diffusion loss into the VAE", TINY + ",naive", "vae"),
     "second": ("REPA on REPA-E's VAE, frozen", TINY + ",repa", "repa-e"),
 }
 ABLATIONS = {   # with one seed
-    "no-align": ("REPA-E, no alignment on the VAE", TINY + " --repa_vae=0", "vae"),
-    "no-batchnorm": ("REPA-E, fixed statistics", TINY + ",no-batchnorm --repa_vae=1.5", "vae"),
-    "no-gan": ("REPA-E without GAN", TINY + " --repa_vae=1.5 --gan=0", "vae"),
-    "scratch": ("REPA-E, VAE from scratch", TINY + " --repa_vae=1.5 --first_stage=0 --gan_start=0", ""),
+    "no-align": ("REPA-E, no alignment on the VAE", TINY + " --align_vae=0", "vae"),
+    "no-batchnorm": ("REPA-E, fixed statistics", TINY + ",no-batchnorm --align_vae=1.5", "vae"),
+    "no-gan": ("REPA-E without GAN", TINY + " --align_vae=1.5 --gan=0", "vae"),
+    "scratch": ("REPA-E, VAE from scratch",
+                TINY + " --align_vae=1.5 --first_stage=0 --gan_start=0", ""),
 }
-FIRST = {"vae": ("first stage", "--preset=tiny --sit=none --teacher=none --gan_start=250", "")}
+FIRST = {"vae": ("first stage", "--preset=tiny --method=vae --gan_start=250", "")}
 RUNS = FIRST | VARIANTS | ABLATIONS
 
 
@@ -52,7 +53,7 @@ def run(name, seed, out, steps, first, every, count):
     folder.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "train.py", f"--seed={seed}", f"--out={folder.absolute()}",
              f"--log_every={math.gcd(every, 50)}", f"--preview_every={10**9}", f"--save_every={every}",
-             f"--keep_every={every}", f"--steps={first if name in FIRST else steps}"]
+             f"--snapshot_every={every}", f"--steps={first if name in FIRST else steps}"]
     words += [f"--vae={(Path(out) / f'{source}-{seed}').absolute()}"] if source else []
     with open(folder / "log.txt", "a") as log:
         done = subprocess.run(words + settings, cwd=ROOT, stdout=log, stderr=log,
@@ -90,8 +91,8 @@ def run(name, seed, out, steps, first, every, count):
         rows.append(row)
     (folder / "evaluated.json.tmp").write_text(json.dumps(rows))
     (folder / "evaluated.json.tmp").rename(folder / "evaluated.json")
-    for file in folder.glob("*.resume.pt"):
-        file.unlink()                                   # 60 MB each
+    for file in folder.glob("state*.pt"):
+        file.unlink()                                   # the snapshots are all that is needed
 
 
 def gather(out):

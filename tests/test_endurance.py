@@ -1,4 +1,4 @@
-"""A small sample of tests/endurance.py, which holds the long runs: kills, dead ranks, other numbers of ranks, leaks.
+"""A small sample of tests/endurance.py, which holds the long runs.
 
     python -m pytest tests/test_endurance.py
 """
@@ -10,11 +10,15 @@ import endurance  # noqa: E402
 
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    """Three kills, one in the middle of a checkpoint's write: whole pairs, never a step back, an equal end."""
+    """Three kills, one in a checkpoint's write, one between the two renames of a save: every file
+    whole, never a step back, resumed from state.prev.pt where state.pt is not there, an equal
+    end."""
     table = endurance.kill(tmp_path, count=3, steps=9)
     assert not table.wrong
     assert table["kills"] == 3 and table["finished runs"] >= 1
     assert table["of them inside the write of a checkpoint"] >= 1
+    assert table["of them between the renames of a save"] >= 1
+    assert table["of them from state.prev.pt"] >= 1
 
 
 def test_the_number_of_ranks_may_change_between_resumes(tmp_path):
@@ -23,14 +27,17 @@ def test_the_number_of_ranks_may_change_between_resumes(tmp_path):
 
 
 def test_a_dead_rank(tmp_path):
-    """SIGKILL for one of two ranks: the other ends soon, torchrun names the dead one, its restart ends as if whole."""
+    """SIGKILL for one of two ranks: the other ends soon, torchrun names the dead one, its restart
+    ends as if whole."""
     table = endurance.deadrank(tmp_path, steps=12)
     assert not table.wrong
     assert table["ended at step"] == 12 and table["tensors and settings compared"] > 900
 
 
 def test_no_leaks_in_a_short_run(tmp_path):
-    """Open files and workers stay as many; nothing is left after the end or a kill. (Memory: endurance.py soak.)"""
+    """Open files and workers stay as many; nothing is left after the end or a kill. (Memory:
+    endurance.py soak.)"""
     table = endurance.soak(tmp_path, steps=80)
     assert not table.wrong
-    assert table["workers"] == [2] and len({*table["files always open, in each quarter"][1:]}) == 1
+    files = table["files always open, in each quarter"]
+    assert table["workers"] == [2] and len({*files[1:]}) == 1

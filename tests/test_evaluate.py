@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -494,26 +495,76 @@ def test_recon(tiny, monkeypatch):
     assert two[0] == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
 
 
+def blocks_by_hand(sit, z, t, y):
+    """The tokens behind each of SiT's blocks, a list of [B, T, D]."""
+    x = sit.x_embedder(z) + sit.pos_embed
+    c = sit.t_embedder(t) + sit.y_embedder.embedding_table(y)
+    return [x := block(x, c) for block in sit.blocks]
+
+
+@torch.no_grad()
+def test_block_features():
+    """Protects the analysis: each block's mean token, in order; the SiT is left as it was."""
+    torch.manual_seed(0)
+    sit = SiT(SiTConfig(3, 24, 3, 2, 4, 8, 5, (6,), 2, 16))
+    for p in sit.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    z, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0.0, 0.3, 0.6, 0.9]), torch.arange(4)
+    before = sit(z, t, y)[0]
+    features = ev.block_features(sit, z, t, y)
+    assert features.shape == (4, 3 * 24)
+    expected = torch.cat([h.mean(1) for h in blocks_by_hand(sit, z, t, y)], 1)
+    assert torch.equal(features, expected)
+    assert torch.equal(ev.block_features(sit, z, t, y), expected)
+    assert torch.equal(sit(z, t, y)[0], before)
+    assert not any(block._forward_hooks for block in sit.blocks)
+
+
 def test_align(tiny, monkeypatch):
     """Protects the analysis: one value for each block and noise level, the latents' monitors, a picture; any batch."""
     torch.manual_seed(0)
-    teacher = TinyTeacher().eval()
-    monkeypatch.setattr(ev, "load_teacher", lambda *settings: teacher)
+    teacher, asked = TinyTeacher().eval(), []
+
+    def load_teacher(name, grid, *_):
+        asked.append((name, grid))
+        return teacher
+    monkeypatch.setattr(ev, "load_teacher", load_teacher)
     for batch in (7, 64):
         run(tiny, "align", tiny.run, "tiny", "--count=48", f"--batch={batch}")
+    assert asked == [("tiny", 4)] * 2  # the run's own teacher, for the SiT's 4 x 4 tokens
     assert Image.open(tiny.run / "step_0000030.latents.png").size == (8 * 32 * 2, 4 * 32 * 2)
     a, b = (entry["values"] for entry in tiny.reports("run/step_0000030.align.json"))
     images, labels = Shapes(32, first=ev.HELD_OUT)[range(48)]
     model = load_model(tiny.run)
     with torch.no_grad():
         z = model.vae.encode(ev.to_float(images))[0]
-        f, tokens = teacher(images).mean(1), model.sit.hidden(model.sit.bn(z), torch.zeros(48), labels)
+        f = teacher(images).mean(1)
+        tokens = blocks_by_hand(model.sit, model.sit.bn(z), torch.zeros(48), labels)
     for values in (a, b):
         both = [values["spatial variance"], values["total variation"]]
         assert both == pytest.approx(ev.monitors(z).mean(0).tolist(), rel=1e-4)
         assert values["CKNNA of latents"] == pytest.approx(cknna(z.flatten(1), f), rel=1e-4)
         assert values["CKNNA of blocks at t = 0.0"] == pytest.approx([cknna(h.mean(1), f) for h in tokens], rel=1e-3)
         assert values["CKNNA of blocks at t = 0.5"] == pytest.approx(a["CKNNA of blocks at t = 0.5"], rel=1e-3)
+
+
+def test_run_without_snapshots(tiny, tmp_path):
+    """Protects runs that were killed before their first snapshot: every command takes the state."""
+    shutil.copy(tiny.run / "step_0000020.pt", tmp_path / "state.pt")
+    reference = f"--ref={tiny.folder}/ref.npz"
+    for curve in (0, 1):
+        run(tiny, "gen", tmp_path, reference, "--count=4", *SHORT[:2], f"--curve={curve}")
+    run(tiny, "recon", tmp_path, "tiny", "--count=4")
+    entries = json.loads((tmp_path / "state.gen.json").read_text())
+    assert [entry["step"] for entry in entries] == [20, 20]
+    run(tiny, "gen", tiny.run / "step_0000020.pt", reference, "--count=4", *SHORT[:2])
+    expected, = tiny.reports("run/step_0000020.gen.json")
+    assert entries[0]["values"] == expected["values"]
+    assert (tmp_path / "state.recon.json").exists()
+    shutil.copy(tiny.run / "step_0000030.pt", tmp_path)     # the first snapshot: it is the newest
+    run(tiny, "gen", tmp_path, reference, "--count=4", *SHORT[:2])
+    entry, = json.loads((tmp_path / "step_0000030.gen.json").read_text())
+    assert entry["step"] == 30
 
 
 def test_cknna_equals_a_double_loop():

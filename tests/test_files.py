@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,27 @@ def test_export_and_back(tmp_path, cfg):
         assert (found is None) == (discs is None) and all(torch.equal(found[key], disc[key]) for key in discs or ())
 
 
+def test_export_of_a_run_without_snapshots(tmp_path):
+    """Before the first snapshot a run's state is exported: state.pt, else state.prev.pt. What only
+    the run needs in there (optimizers, the trained SiT) does not matter."""
+    out = tmp_path / "mine"
+    for seed, name in enumerate(("state.prev.pt", "state.pt")):
+        vae = small_vae(seed)
+        mean, var = torch.randn(4), torch.rand(4) + 0.1
+        file = {"vae": vae.state_dict(), "vae_config": asdict(SMALL), "steps": 1,
+                "ema": {"bn.running_mean": mean, "bn.running_var": var}}
+        resuming = {"model": {}, "skipped": torch.zeros(2), "opt": {}, "opt_vae": {"state": {}}}
+        torch.save(file | resuming, tmp_path / name)
+        V.export(str(tmp_path), str(out))
+        back, stats, disc = V.load_vae(str(out / "mine.pt"))
+        own = vae.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in back.state_dict().items())
+        assert torch.allclose(stats[0], mean, rtol=1e-6)
+        assert torch.allclose(stats[1], var, rtol=1e-6) and disc is None
+
+
 def test_what_cannot_be_exported(tmp_path):
+    """Published formats have no VAE with patches: one line, and nothing is written."""
     tiny = V.VAES["tiny"]
     torch.save({"vae": V.VAE(tiny).state_dict(), "vae_config": {**tiny.__dict__, "ch_mult": [1]}}, tmp_path / "t.pt")
     result = run("export", tmp_path / "t.pt", tmp_path / "out")
@@ -448,6 +469,7 @@ def test_principal_colours():
 
 
 def test_mistakes(tmp_path, vae_file):
+    """A wrong command, path or value ends with exit code 2 and one line that says what is wrong."""
     for words, word in ((("exprot", "a"), "did you mean export"), ((), "unknown command"),
                         (("pack", tmp_path / "no", "b"), "no data"), (("export", vae_file), "--to"),
                         (("encode", vae_file, tmp_path / "no", tmp_path / "c"), "no data"),

@@ -83,11 +83,11 @@ def small(script, words):
                     projector_width=16, disc_ch=8, gan_start=0, lpips=0,
                     preview_steps=2, align_depth=0)
         if cfg.vae != "tiny":
-            more["vae"] = "runs/repa-e" if not cfg.train_vae else "tiny"
+            more["vae"] = "tiny" if cfg.trains_vae else "runs/repa-e"
         if cfg.teacher != "tiny":
             more |= dict(teacher_repo="dinov2", teacher_weights=f"{cfg.teacher}.pth")
-        if cfg.sit != "none":
-            more["sit"] = "2-32-2/2" if cfg.teacher == "tiny" else "2-32-2/4"       # as many tokens as the teacher
+        if cfg.trains_sit:
+            more["sit"] = "2-32-2/2"
         return [f"--{key}={value}" for key, value in more.items()]
     if script == "sample.py":
         return ["--steps=2", "--batch=2"] + ["--count=4"] * ("--classes" not in " ".join(words))

@@ -75,34 +75,46 @@ def checkpoints(tmp_path):
     return folder
 
 
-def cubic_matrix(n_in, n_out, a=-0.75):
-    """[n_out, n_in]: bicubic interpolation of a line: Keys' kernel, pixel centres, the edge repeated, no antialias."""
-    matrix = np.zeros((n_out, n_in))
+def cubic(d, a):
+    """Keys' kernel at the distance d >= 0."""
+    if d < 1:
+        return (a + 2) * d**3 - (a + 3) * d**2 + 1
+    return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+
+def cubic_matrix(n_in, n_out):
+    """[n_out, n_in]: bicubic interpolation of a line between pixel centres. Plain, it reads four
+    pixels, the edge repeated (a = -0.75); below a scale of 0.8 with antialias: all pixels under
+    the widened kernel, cut off at the edge (a = -0.5)."""
+    matrix, scale = np.zeros((n_out, n_in)), n_in / n_out
     for i in range(n_out):
-        x = (i + 0.5) * n_in / n_out - 0.5
+        x = (i + 0.5) * scale - 0.5
+        if n_out < 0.8 * n_in:
+            matrix[i] = [cubic(abs(x - j) / scale, -0.5) for j in range(n_in)]
+            matrix[i] /= matrix[i].sum()
+            continue
         for j in range(math.floor(x) - 1, math.floor(x) + 3):
-            d = abs(x - j)
-            weight = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d < 1 else a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            matrix[i, min(max(j, 0), n_in - 1)] += weight
+            matrix[i, min(max(j, 0), n_in - 1)] += cubic(abs(x - j), -0.75)
     return matrix
 
 
-def preprocessed(image):
-    """DINOv2's input, in numpy: ImageNet's statistics, then 14 px for every 16."""
-    x = image.numpy() / 255
-    x = (x - np.array([0.485, 0.456, 0.406])[:, None, None]) / np.array([0.229, 0.224, 0.225])[:, None, None]
-    matrix = cubic_matrix(x.shape[-1], x.shape[-1] // 16 * 14)
+def preprocessed(image, grid):
+    """DINOv2's input, in numpy: ImageNet's statistics, then 14 px for each token."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = (image.numpy() / 255 - mean[:, None, None]) / std[:, None, None]
+    matrix = cubic_matrix(x.shape[-1], 14 * grid)
     return torch.from_numpy(matrix @ x @ matrix.T)
 
 
-def tokens_of(weights, image):
+def tokens_of(weights, image, grid):
     """What the stand-in must answer, position table resampled by timm."""
     w = {key: value.double() for key, value in weights.items()}
-    x = F.conv2d(preprocessed(image), w["patch_embed.weight"], w["patch_embed.bias"], 14).flatten(2).transpose(1, 2)
-    side = image.shape[-1] // 16
-    table = resample_abs_pos_embed(w["pos_embed"], [side, side], num_prefix_tokens=1, antialias=True)
+    x = F.conv2d(preprocessed(image, grid), w["patch_embed.weight"], w["patch_embed.bias"], 14)
+    x = x.flatten(2).transpose(1, 2)
+    table = resample_abs_pos_embed(w["pos_embed"], [grid, grid], antialias=True)
     x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], 1) + table
-    return F.layer_norm(x + x.mean(1, keepdim=True), x.shape[-1:], w["norm.weight"], w["norm.bias"])[:, 1:]
+    x = F.layer_norm(x + x.mean(1, keepdim=True), x.shape[-1:], w["norm.weight"], w["norm.bias"])
+    return x[:, 1:]
 
 
 def test_align_loss_is_the_mean_cosine():
@@ -130,6 +142,37 @@ def test_align_loss_in_float32():
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_table_of_teachers():
+    """Each teacher's name, width and pixels a token: SiT's projector is built by these alone."""
+    expected = {"tiny": (64, 8)}
+    for size, dim in (("s", 384), ("b", 768), ("l", 1024), ("g", 1536)):
+        expected |= {f"dinov2_vit{size}14{registers}": (dim, 14) for registers in ("", "_reg")}
+    found = {name: (teacher.dim, teacher.stride) for name, teacher in repa.TEACHERS.items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("resolution, side", [(256, 224), (280, 224), (64, 224), (225, 224)])
+def test_resize_without_antialias(resolution, side):
+    """Down to a scale of 0.8, and upwards, bicubic without antialias: the paper's bits at 256."""
+    x = noise(2, 3, resolution, resolution)
+    assert torch.equal(repa.resize(x, side), F.interpolate(x, (side, side), mode="bicubic"))
+
+
+@pytest.mark.parametrize("resolution, side", [(281, 224), (512, 224), (256, 112), (33, 8)])
+def test_resize_with_antialias(resolution, side):
+    """Below a scale of 0.8 bicubic with antialias: no pixel of the image goes unread."""
+    x = noise(2, 3, resolution, resolution)
+    resized = repa.resize(x, side)
+    assert torch.equal(resized, F.interpolate(x, (side, side), mode="bicubic", antialias=True))
+    assert not torch.equal(resized, F.interpolate(x, (side, side), mode="bicubic"))
+
+
+def test_resize_to_the_same_size():
+    """An image that fits already is not touched: a 1:1 interpolation would cost time."""
+    x = noise(2, 3, 32, 32)
+    assert repa.resize(x, 32) is x
+
+
 @pytest.mark.parametrize("side", [16, 32, 37])
 def test_position_table_equals_timm(side):
     """The table is resampled as timm does (bicubic, antialias), the class token's row kept, 37 -> 37 unchanged."""
@@ -141,32 +184,36 @@ def test_position_table_equals_timm(side):
 
 @pytest.mark.parametrize("local_file", [False, True])
 def test_dinov2(tmp_path, monkeypatch, local_file):
-    """The tokens of a repository with DINOv2's interface, weights from torch.hub's cache or a file; all frozen."""
+    """The tokens of a repository with DINOv2's interface, its weights from torch.hub's cache or a
+    file; all frozen. The input is the paper's, bit by bit."""
     repo, weights = stand_in(tmp_path, monkeypatch)
     file = tmp_path / "w.pth" if local_file else checkpoints(tmp_path) / "dinov2_vitb14_pretrain.pth"
     torch.save(weights, file)
-    teacher = repa.load_teacher("dinov2_vitb14", 256, repo, str(file) if local_file else "")
+    teacher = repa.load_teacher("dinov2_vitb14", 16, repo, str(file) if local_file else "")
     image = pictures(2, 256)
     tokens = teacher(image)
-    assert tokens.shape == (2, *repa.teacher_shape("dinov2_vitb14", 256)) == (2, 256, 768)
-    teacher.double()        # float32's interpolation places its samples only to 1e-5 of a pixel: 1e-4 in the values
-    assert torch.allclose(teacher.preprocess(image), preprocessed(image), atol=1e-6)
-    assert torch.allclose(teacher(image), tokens_of(weights, image), atol=1e-5)
-    assert torch.allclose(tokens.double(), tokens_of(weights, image), atol=1e-2)
+    assert tokens.shape == (2, 16**2, repa.TEACHERS["dinov2_vitb14"].dim) == (2, 256, 768)
+    normalised = (image.float() / 255 - teacher.mean) / teacher.std
+    expected = F.interpolate(normalised, (224, 224), mode="bicubic")
+    assert torch.equal(teacher.preprocess(image), expected)
+    # float32's interpolation places its samples only to 1e-5 of a pixel: 1e-4 in the values
+    teacher.double()
+    assert torch.allclose(teacher.preprocess(image), preprocessed(image, 16), atol=1e-6)
+    assert torch.allclose(teacher(image), tokens_of(weights, image, 16), atol=1e-5)
+    assert torch.allclose(tokens.double(), tokens_of(weights, image, 16), atol=1e-2)
     assert not tokens.requires_grad and not tokens.is_inference() and not teacher.net.drop.training
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_dinov2_with_registers(tmp_path, monkeypatch):
-    """Names with _reg and other resolutions find their own weights, width and number of tokens."""
+@pytest.mark.parametrize("resolution, grid", [(512, 16), (224, 16), (64, 16), (90, 6), (101, 5)])
+def test_dinov2_of_any_resolution_and_grid(tmp_path, monkeypatch, resolution, grid):
+    """Any image gives grid^2 tokens, those of the image at 14 px a token; _reg: its own weights."""
     repo, weights = stand_in(tmp_path, monkeypatch, dim=384)
     torch.save(weights, checkpoints(tmp_path) / "dinov2_vits14_reg4_pretrain.pth")
-    image = pictures(1, 64)
-    tokens = repa.load_teacher("dinov2_vits14_reg", 64, repo).double()(image)
-    assert tokens.shape == (1, *repa.teacher_shape("dinov2_vits14_reg", 64)) == (1, 16, 384)
-    assert torch.allclose(tokens, tokens_of(weights, image), atol=1e-5)
-    widths = [repa.teacher_shape(f"dinov2_vit{size}14", 512)[1] for size in "sblg"]
-    assert widths == [384, 768, 1024, 1536] and repa.teacher_shape("dinov2_vitg14_reg", 512)[0] == 1024
+    image = pictures(1, resolution)
+    tokens = repa.load_teacher("dinov2_vits14_reg", grid, repo).double()(image)
+    assert tokens.shape == (1, grid**2, repa.TEACHERS["dinov2_vits14_reg"].dim) == (1, grid**2, 384)
+    assert torch.allclose(tokens, tokens_of(weights, image, grid), atol=1e-5)
 
 
 def test_dinov2_out_of_reach(tmp_path, monkeypatch):
@@ -179,18 +226,17 @@ def test_dinov2_out_of_reach(tmp_path, monkeypatch):
              ("dinov2_vitb14", repo, str(tmp_path / "short.pth")), ("dinov2_vitb14", repo, str(tmp_path / "text.pth"))]
     for name, folder, file in cases:
         with pytest.raises(ValueError) as caught:
-            repa.load_teacher(name, 256, folder, file)
+            repa.load_teacher(name, 16, folder, file)
         words = (name, f"{name}_pretrain.pth", tmp_path / "home/hub/checkpoints", "--teacher_repo", "--teacher_weights")
         assert all(str(word) in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
 def test_unknown_teacher():
-    """A wrong name lists the right ones; the tiny teacher without its data says which data it needs."""
-    for call in (repa.teacher_shape, repa.load_teacher):
-        with pytest.raises(ValueError, match="'dinov3'.*tiny, dinov2_vits14, dinov2_vits14_reg"):
-            call("dinov3", 256)
-    with pytest.raises(ValueError, match="--data=tiny"):
-        repa.load_teacher("tiny", 32)
+    """A wrong name lists the right ones; the tiny teacher without its data says what it needs."""
+    with pytest.raises(ValueError, match="'dinov3'.*tiny, dinov2_vits14, dinov2_vits14_reg"):
+        repa.load_teacher("dinov3", 16)
+    with pytest.raises(ValueError, match="--data=tiny: use both, or one of dinov2_vits14"):
+        repa.load_teacher("tiny", 4)
 
 
 def test_tiny_teacher_learns():
@@ -225,14 +271,41 @@ def test_tiny_teacher_is_cached(tmp_path, monkeypatch):
     for a, b in zip(*found):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 1
-    assert found[0][0].shape == (3, *repa.teacher_shape("tiny", 32))
+    assert found[0][0].shape == (3, 16, repa.TEACHERS["tiny"].dim)
 
 
 def test_tiny_teacher_is_frozen(tmp_path, monkeypatch):
     """In a run it is in eval mode and without gradients: an image's tokens do not depend on the batch it is in."""
     quick(monkeypatch, tmp_path)
     for _ in range(2):                                              # trained, then loaded
-        net = repa.load_teacher("tiny", 32, draw=Shapes(32).draw)
+        net = repa.load_teacher("tiny", 4, draw=Shapes(32).draw)
         tokens = net(pictures(3, 32))
         assert not net.training and not tokens.requires_grad
         assert torch.allclose(net(pictures(3, 32)[1:2]), tokens[1:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution, grid", [(32, 8), (64, 4), (40, 5), (33, 7), (50, 1)])
+def test_tiny_teacher_of_any_resolution_and_grid(tmp_path, monkeypatch, resolution, grid):
+    """Any image gives grid^2 tokens: those of the image resized to 8 px a token."""
+    quick(monkeypatch, tmp_path)
+    draw, image = Shapes(32).draw, pictures(2, resolution)
+    net = repa.load_teacher("tiny", grid, draw=draw)
+    tokens = net(image)
+    assert tokens.shape == (2, grid**2, repa.TEACHERS["tiny"].dim) == (2, grid**2, 64)
+    side = 8 * grid
+    x = image.float() / 127.5 - 1
+    x = F.interpolate(x, (side, side), mode="bicubic", antialias=side < 0.8 * resolution)
+    h = net.net(x).flatten(2).transpose(1, 2).flatten(0, 1)
+    assert torch.allclose(tokens.flatten(0, 1), net.norm(net.token(h)), atol=1e-5)
+
+
+def test_tiny_teacher_at_its_own_size(tmp_path, monkeypatch):
+    """32 px and 4 x 4 tokens: the image as it is, which it was trained on, bit by bit. The grid
+    belongs to a loaded teacher, not to the weights in the cache."""
+    quick(monkeypatch, tmp_path)
+    draw, image = Shapes(32).draw, pictures(2, 32)
+    plain, _ = repa.load_tiny_teacher(draw)
+    four, eight = (repa.load_teacher("tiny", grid, draw=draw) for grid in (4, 8))
+    assert plain.grid is None and four.grid == 4 and eight.grid == 8
+    assert torch.equal(four(image), plain(image))
+    assert len(list((tmp_path / "hub/checkpoints").iterdir())) == 1

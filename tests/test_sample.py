@@ -133,22 +133,32 @@ def test_sde_by_hand(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Guidance.
 
-def test_guided():
-    """v_null + scale (v_y - v_null) in one call of 2B inside the interval (ends too), v_y in one call of B outside."""
-    sizes = []
 
-    def network(z, t, y):                                           # a velocity that shows what it was asked
-        sizes.append(len(z))
+class Shown:
+    """In place of a SiT: a velocity that shows what it was asked, and how often."""
+    cfg = Namespace(num_classes=10)
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, z, t, y):
+        self.sizes.append(len(z))
         assert z.dtype == t.dtype == torch.float32
-        return z * t[:, None] + y[:, None]
-    sit, y = Namespace(cfg=Namespace(num_classes=10), velocity=network), torch.tensor([3, 4])
-    z = noise(2, 5)
-    for scale, t, batch in ((2.5, 0.5, 4), (2.5, 0.25, 4), (2.5, 0.75, 4), (2.5, 0.2, 2), (2.5, 0.8, 2), (1.0, 0.5, 2),
-                            (0.0, 0.5, 2)):
-        v = P.guided(sit, y, scale, 0.25, 0.75)(z, t)
-        label = 10 + scale * (y - 10) if batch == 4 else y
-        assert sizes.pop() == batch and not sizes and v.dtype == torch.float64
-        assert torch.allclose(v, z * t + label[:, None], atol=1e-5)
+        return z * t[:, None] + y[:, None], []
+
+
+@pytest.mark.parametrize("scale, t, calls", [
+    (2.5, 0.5, [4]), (2.5, 0.25, [4]), (2.5, 0.75, [4]), (2.5, 0.2, [2]), (2.5, 0.8, [2]),
+    (1.0, 0.5, [2]), (0.0, 0.5, [2])])
+def test_guided(scale, t, calls):
+    """Inside the interval, ends too, v_null + scale (v_y - v_null) in one call of 2B; outside, or
+    where the scale switches guidance off, v_y in one call of B."""
+    sit, y, z = Shown(), torch.tensor([3, 4]), noise(2, 5)
+    v = P.guided(sit, y, scale, 0.25, 0.75)(z, t)
+    label = 10 + scale * (y - 10) if calls == [4] else y
+    assert sit.sizes == calls and v.dtype == torch.float64
+    assert torch.allclose(v, z * t + label[:, None], atol=1e-5)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model.
@@ -186,19 +196,41 @@ def test_compiled_blocks_give_the_same_images(tmp_path, monkeypatch):
     assert levels(model(labels, steps=4, guidance=2.0, high=0.8, batch=3), eager) <= 1 and eager.float().std() > 5
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4     # batches of 3 and 2, and twice
 
+
 def test_model_by_hand(tmp_path):
-    """What is decoded: the EMA SiT's velocity, bn's statistics undone, the averaged VAE where there is one."""
+    """What is decoded: the EMA SiT's velocity, bn's statistics undone, the averaged VAE if any."""
     plain, sit = checkpoint(tmp_path / "m.pt")
     other = VAE(plain.cfg)
     checkpoint(tmp_path / "averaged.pt", vae_ema=other.state_dict())
-    eps = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(P.seed_of(5, "image", 0)))[None].double()
+    generator = torch.Generator().manual_seed(P.seed_of(5, "image", 0))
+    eps = torch.randn(4, 4, 4, generator=generator)[None].double()
+
+    def velocity(z, t):
+        return sit(z.float(), torch.tensor([t]).float(), torch.tensor([1]))[0]
     with torch.no_grad():
-        zn = P.euler(lambda z, t: sit.velocity(z.float(), torch.tensor([t]).float(), torch.tensor([1])), eps, 3)
+        zn = P.euler(velocity, eps, 3)
         z = zn * (sit.bn.running_var + 1e-4).sqrt()[:, None, None] + sit.bn.running_mean[:, None, None]
         for name, vae in (("m.pt", plain), ("averaged.pt", other)):
             model = P.load_model(tmp_path / name)
-            assert levels(model([1], steps=3, solver="euler", seed=5), to_uint8(vae.decode(z.float()))) <= 1
-            assert model.step == 7 and model.classes == CLASSES and not model.vae.training and not model.sit.training
+            images = model([1], steps=3, solver="euler", seed=5)
+            assert levels(images, to_uint8(vae.decode(z.float()))) <= 1
+            assert model.step == 7 and model.classes == CLASSES
+            assert not model.vae.training and not model.sit.training
+
+
+def test_run_without_snapshots(tmp_path):
+    """A run that was killed before its first snapshot is sampled from its state; what only the
+    run needs in there does not matter."""
+    checkpoint(tmp_path / "m.pt")
+    expected = P.load_model(tmp_path / "m.pt")([0, 2], steps=3)
+    assert expected.float().std() > 5
+    (tmp_path / "run").mkdir()
+    more = {"model": {}, "skipped": torch.zeros(2), "opt": {}, "opt_vae": {}, "opt_disc": {}}
+    for name, step in (("state.prev.pt", 5), ("state.pt", 9)):
+        checkpoint(tmp_path / "run" / name, steps=step, **more)
+        model = P.load_model(tmp_path / "run")
+        assert model.step == step and torch.equal(model([0, 2], steps=3), expected)
+
 
 def test_published_checkpoint(tmp_path):
     """The authors' files play as ours: the same networks, written in either format, give the same images."""
@@ -208,6 +240,7 @@ def test_published_checkpoint(tmp_path):
     theirs, ours = (P.load_model(tmp_path / name) for name in ("0400000.pt", "step_0000007.pt"))
     assert theirs.sit.cfg == sit.cfg and theirs.vae.cfg == vae.cfg and not theirs.vae.training
     assert theirs.classes == ["0", "1", "2"] and theirs.step == 400_000 and theirs.config == {}
+    assert len(sit.projectors) == 1 and not theirs.sit.projectors and not ours.sit.projectors
     options = dict(steps=3, guidance=2.0)
     assert torch.equal(theirs([0, 2], **options), ours([0, 2], **options)) and ours([0, 2]).float().std() > 5
 
@@ -264,10 +297,23 @@ def test_damaged_checkpoints(tmp_path):
     torch.load(path, weights_only=False)                            # what a careless reader would have done
     assert (tmp_path / "executed").exists()
 
+
 def test_seeds():
-    """Seeds fit the 32 bits that CPU generators use, and differ between images, seeds and streams."""
-    seeds = {P.seed_of(seed, stream, i) for seed in range(5) for stream in ("image", "align") for i in range(1000)}
+    """Seeds fit the 32 bits that CPU generators use, and differ between images, seeds, streams."""
+    seeds = {P.seed_of(seed, stream, i)
+             for seed in range(5) for stream in ("image", "align") for i in range(1000)}
     assert len(seeds) == 10_000 and all(0 <= s < 2**32 for s in seeds)
+
+
+def test_streams_keep_their_numbers():
+    """A stream's number makes its seeds: if another were put before it, all images would change."""
+    numbers = {"weights": 0, "epoch": 1, "step": 2, "statistics": 3, "image": 4, "align": 6}
+    for stream, number in numbers.items():
+        first = int(np.random.SeedSequence([9, number]).generate_state(1)[0])
+        assert P.seed_of(9, stream, 7) == (first + 7) % 2**32
+    labels = [int(np.random.default_rng([9, 5, i]).integers(1000)) for i in range(20)]
+    assert [P.choose_label("random", 9, i, 1000) for i in range(20)] == labels
+
 
 def test_labels():
     """balanced: each class equally often; random: by (seed, i) alone, about equally; --classes by name or number."""
@@ -361,7 +407,8 @@ def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
     Path("empty.pt").write_text("")
     Path("folder").mkdir()
     before = sorted(os.listdir())
-    for words, message in ((["vae.pt"], "holds a VAE without a SiT"), (["other.pt"], "no checkpoint of train.py"),
+    for words, message in ((["vae.pt"], "a VAE without a SiT (--method=vae)"),
+                           (["other.pt"], "no checkpoint of train.py"),
                            (["repa.pt"], "name one with --vae="), (["repa.pt", "--vae=tiny"], "tiny is untrained"),
                            (["text.pt"], "text.pt"), (["empty.pt"], "empty.pt"), (["absent.pt"], "absent.pt"),
                            (["folder"], "folder"), ([], "name a checkpoint"), (["m.pt", "--solver=huen"], "mean heun"),

@@ -231,38 +231,93 @@ def test_fixed_embeddings():
     expected = [[f(t * 10000 ** (-k / 128)) for f in (math.cos, math.sin) for k in range(128)] for t in (0.0, 0.3, 1.0)]
     assert torch.allclose(net(torch.tensor([0.0, 0.3, 1.0])), torch.tensor(expected), atol=1e-6)
 
+
 def test_start():
-    """adaLN-Zero: a new SiT predicts 0, its blocks are the identity, and the rest follows DiT's initialisation."""
+    """adaLN-Zero: a new SiT predicts 0, its blocks are the identity, the rest starts as DiT's."""
     torch.manual_seed(0)
     net = S.SiT(S.SiTConfig(2, 96, 3, 2, size=8, teacher_dims=(6,), align_depth=1))
     z, t, y = noise(2, 4, 8, 8).float(), torch.tensor([0.1, 0.9]), torch.tensor([1, 2])
     v, _ = net(z, t, y)
-    x, c = net.embed(z, t, y)
-    assert v.shape == z.shape and not v.any() and torch.equal(net.blocks[1](x, c), x)
+    assert v.shape == z.shape and not v.any()
+    x, c = noise(2, 16, 96, seed=1).float(), noise(2, 96, seed=2).float()
+    assert all(torch.equal(block(x, c), x) for block in net.blocks)
     for weight, fan in ((net.x_embedder.proj.weight, 16 + 96), (net.blocks[0].attn.qkv.weight, 4 * 96)):
         assert 0.97 * math.sqrt(6 / fan) < weight.abs().max() <= math.sqrt(6 / fan)
-    for weight in (net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight):
-        assert 0.019 < weight.std() < 0.021
+    for layer in (net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]):
+        assert 0.019 < layer.weight.std() < 0.021
     assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
 
-def test_one_network_three_uses():
-    """align_only gives forward's tokens without dropout, velocity forward's v; dropped labels are the null class."""
+
+def calls_of(net):
+    """Every module of the network that is called from now on, by its name, in order."""
+    calls = []
+    for name, module in net.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize("depth, calls", [(1, 1), (2, 4), (3, 5)])
+def test_depth(depth, calls):
+    """The VAE's step stops at `depth`: the full forward's tokens, no velocity, no later block."""
     net = randomised(S.SiT(TINY))
-    z, t, y = noise(4, 4, 8, 8).float(), torch.rand(4), torch.arange(4)
-    drop = torch.tensor([True, False, True, False])
-    v, tokens = net(z, t, y)
+    z, t, y = noise(4, 4, 8, 8).float(), torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    _, tokens = net(z, t, y)
+    seen = calls_of(net)
+    v, early = net(z, t, y, depth=depth)
+    order = ["blocks.0", "blocks.1", "projectors.0", "projectors.1", "blocks.2", "final_layer"]
+    assert [name for name in seen if name in order] == order[:calls]
+    assert v is None and len(tokens) == 2
+    expected = tokens if depth >= TINY.align_depth else []
+    assert all(torch.equal(a, b) for a, b in zip(early, expected, strict=True))
+
+
+def test_gradient_of_the_tokens():
+    """At align_depth the tokens carry the full forward's gradient to the latents: the VAE's."""
+    net = randomised(S.SiT(TINY))
+    t, y = torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    gradients = []
+    for depth in (None, TINY.align_depth):
+        z = noise(4, 4, 8, 8).float().requires_grad_()
+        _, tokens = net(z, t, y, depth=depth)
+        sum(f.square().sum() for f in tokens).backward()
+        gradients.append(z.grad)
+    assert gradients[0].any() and torch.equal(*gradients)
+
+
+def test_tokens_of_align_depth():
+    """align_depth counts blocks from 1; each teacher has its own projector of the same tokens."""
+    net = randomised(S.SiT(TINY))
+    z, t, y = noise(4, 4, 8, 8).float(), torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    seen = []
+    net.blocks[TINY.align_depth - 1].register_forward_hook(lambda block, args, x: seen.append(x))
+    _, tokens = net(z, t, y)
     assert [f.shape for f in tokens] == [(4, 16, 6), (4, 16, 10)]
-    assert all(torch.equal(a, b) for a, b in zip(net.align_only(z, t, y), tokens, strict=True))
-    assert torch.equal(net.velocity(z, t, y), v)
-    dropped, dropped_tokens = net(z, t, y, drop)
+    for project, f in zip(net.projectors, tokens, strict=True):
+        assert torch.equal(project(seen[0]), f)
+
+
+def test_dropped_labels():
+    """drop makes a label the null class, num_classes, and leaves the other rows alone."""
+    net = randomised(S.SiT(TINY))
+    z, t, y = noise(4, 4, 8, 8).float(), torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    v, _ = net(z, t, y)
+    drop = torch.tensor([True, False, True, False])
+    dropped, tokens = net(z, t, y, drop)
     expected, expected_tokens = net(z, t, torch.tensor([5, 1, 5, 3]))
-    assert torch.equal(dropped, expected) and all(torch.equal(a, b) for a, b in zip(dropped_tokens, expected_tokens))
-    moved = (dropped != v).flatten(1).any(1)
-    assert torch.equal(moved, drop)
-    h, c = net.embed(z, t, y)
-    for block in net.blocks[:2]:                                    # align_depth counts blocks from 1
-        h = block(h, c)
-    assert torch.equal(net.projectors[1](h), tokens[1])
+    assert torch.equal(dropped, expected)
+    assert all(torch.equal(a, b) for a, b in zip(tokens, expected_tokens, strict=True))
+    assert torch.equal((dropped != v).flatten(1).any(1), drop)
+    assert torch.equal(net(z, t, y, torch.zeros(4, dtype=torch.bool))[0], v)
+
+
+@pytest.mark.parametrize("size, patch, grid", [(8, 2, 4), (8, 1, 8), (32, 2, 16), (16, 8, 2)])
+def test_grid(size, patch, grid):
+    """grid is the side of the square of tokens: teachers are asked for so many."""
+    net = S.SiT(replace(TINY, size=size, patch=patch))
+    _, tokens = net(torch.zeros(1, 4, size, size), torch.zeros(1), torch.tensor([0]))
+    assert net.grid == grid and net.pos_embed.shape[1] == grid**2
+    assert [f.shape for f in tokens] == [(1, grid**2, 6), (1, grid**2, 10)]
+
 
 def test_patches():
     """Tokens run row by row; unpatchify puts (row in the patch, column, channel) back where x_embedder took it from."""
@@ -351,7 +406,7 @@ def test_published_sit_of_willisma(patch):
         for t in (0.0, 0.04, 0.3, 0.77, 1.0):
             time = torch.full((4,), t, dtype=torch.float64)
             with torch.no_grad():
-                ours, reference = net.velocity(z.float(), time.float(), y), -theirs(z, 1 - time, y)
+                ours, reference = net(z.float(), time.float(), y)[0], -theirs(z, 1 - time, y)
             assert error(ours, reference) < 3e-6
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -385,9 +440,10 @@ def test_published_sit_of_repa():
     for file, align_depth in ((state, 4), (older, 2), ({"ema": older}, 2)):
         again = loaded(file)
         assert again.cfg == replace(PLAIN, align_depth=align_depth)
-        assert torch.equal(again.velocity(z, t, y), net.velocity(z, t, y))
+        assert torch.equal(again(z, t, y)[0], net(z, t, y)[0])
         assert error(again.bn(z), 0.18215 * z) < 1e-6 and error(again.bn.inverse(0.18215 * z), z) < 1e-6
-    assert all(torch.equal(a, b) for a, b in zip(loaded(older).align_only(z, t, y), net.align_only(z, t, y)))
+    tokens, expected = loaded(older)(z, t, y)[1], net(z, t, y)[1]
+    assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
     assert "decoder_blocks.0.attn.qkv.weight" in older              # what was given is left as it was
     with pytest.raises(RuntimeError, match="bn.running_var"):       # 0.18215 is known of SD-VAE's four channels alone
         loaded({k: v for k, v in S.SiT(replace(PLAIN, channels=8)).state_dict().items() if not k.startswith("bn.")})

@@ -348,13 +348,14 @@ def test_load_vae(tmp_path, wrapped):
 
 
 def test_load_vae_from_our_checkpoint(tmp_path):
-    """A run's folder gives its newest VAE (the averaged one if there is one), bn's statistics and the discriminator."""
+    """A run's folder gives its newest snapshot's VAE (the averaged one, if any), bn's statistics
+    and the discriminator."""
     old, new, mean, var = V.VAE(SMALL), V.VAE(SMALL), torch.arange(3.0), torch.arange(1.0, 4)
     file = {"vae_config": asdict(SMALL), "vae": old.state_dict(), "discriminator": {"main.0.bias": mean},
             "ema": {"bn.running_mean": mean, "bn.running_var": var}}
     torch.save(file, tmp_path / "step_0000009.pt")
     torch.save(file | {"vae_ema": new.state_dict()}, tmp_path / "step_0000010.pt")
-    for name in ("step_0000010.resume.pt", "notes.txt"):
+    for name in ("state.pt", "state.prev.pt", "step_0000011.tmp", "notes.txt"):
         (tmp_path / name).write_text("")
     for path, vae in ((tmp_path, new), (tmp_path / "step_0000009.pt", old)):
         loaded, stats, disc = V.load_vae(str(path))
@@ -362,8 +363,24 @@ def test_load_vae_from_our_checkpoint(tmp_path):
         assert torch.equal(stats[0], mean) and torch.equal(stats[1], var) and torch.equal(disc["main.0.bias"], mean)
     assert V.find_checkpoint(tmp_path).name == "step_0000010.pt"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/state.tmp").write_text("")
     with pytest.raises(ValueError, match="no checkpoint"):
         V.find_checkpoint(tmp_path / "empty")
+
+
+def test_find_checkpoint_without_snapshots(tmp_path):
+    """Before a run's first snapshot its folder stands for state.pt, and without that (a kill while
+    it was written) for state.prev.pt."""
+    vaes = {}
+    for name in ("state.prev.pt", "state.pt", "step_0000001.pt"):
+        vaes[name] = V.VAE(SMALL)
+        torch.save({"vae_config": asdict(SMALL), "vae": vaes[name].state_dict()}, tmp_path / name)
+        assert V.find_checkpoint(tmp_path) == tmp_path / name
+        found = V.load_vae(str(tmp_path))[0].encoder.conv_in.weight
+        assert torch.equal(found, vaes[name].encoder.conv_in.weight)
+    (tmp_path / "step_0000001.pt").unlink()
+    (tmp_path / "state.prev.pt").unlink()
+    assert V.find_checkpoint(str(tmp_path)) == tmp_path / "state.pt"
 
 
 def test_guess_config():

@@ -818,7 +818,7 @@ def check_room(cfg, nets):
     """Refuses a disk that cannot hold three states (one while it is written) and a snapshot."""
     trained = [net for net in (nets.vae, nets.sit, nets.disc) if net is not None]
     numbers = sum(p.numel() for net in trained for p in net.parameters())
-    need = (3 * 16 + 4) * numbers                       # a state: weights, EMA, Adam's moments
+    need = (3 * 16 + 8) * numbers       # bytes: weights, averages, Adam's moments; a snapshot: 2
     held = sum(file.stat().st_size for file in Path(cfg.out).glob("state*.pt"))
     if shutil.disk_usage(cfg.out).free + held < need:
         raise ValueError(f"--out={cfg.out} has no room for the run's checkpoints of "
@@ -1102,6 +1102,8 @@ def open_out(cfg, rank):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if rank == 0:
             lock(cfg.out)
+            for file in Path(cfg.out).rglob("*.tmp"):           # of a run that was killed
+                file.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to --out={cfg.out} ({error.strerror}): name another "
                          "folder") from None

@@ -59,7 +59,7 @@ def test_polite_stop(tmp_path, number):
     """A signal ends the run after its step: saved, exit code 0, the command to go on; and it goes
     on, bit for bit."""
     out = tmp_path / "run"
-    words = ("--steps=60", "--log_every=1", "--save_every=1000")
+    words = ("--steps=30", "--log_every=1", "--save_every=1000")
     process = begin(*words, f"--out={out}")
     process.send_signal(number)
     asked = time.time()
@@ -68,7 +68,7 @@ def test_polite_stop(tmp_path, number):
     assert "To go on: the same command" in output
     assert time.time() - asked < 30
     stopped = last(out)["steps"]
-    assert 0 < stopped < 60
+    assert 0 < stopped < 30
     assert names(out) == ["state.pt", f"step_{stopped:07d}.pt"]
     execute(*SMALL, *words, f"--out={out}")
     execute(*SMALL, *words, f"--out={tmp_path / 'whole'}")      # equal bits: as many threads

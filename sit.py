@@ -1,20 +1,21 @@
 """The denoiser and its mathematics: interpolants, the latents' BatchNorm, and SiT.
 
-    z   [B, C, H, W]   unnormalised latents                     (from the VAE)
+    z   [B, C, H, W]   unnormalised latents                     from the VAE
     zn  = (z - mean) / sqrt(var + eps)                          LatentNorm, `bn`
-    z_t = alpha(t) zn + sigma(t) eps                            interpolate; t = 0 is data, t = 1 is noise
+    z_t = alpha(t) zn + sigma(t) eps                            interpolate; t = 0 is data, 1 noise
     x   [B, T, D]      tokens of z_t, T = (H / patch) (W / patch)
-      |  blocks 1 .. align_depth                                early layers: they learn representations
+      |  blocks 1 .. align_depth                                early: they learn representations
       |---> projector ---> [B, T, d_teacher]                    aligned with the teacher's tokens
       |  the other blocks, final layer
     v   [B, C, H, W]   predicted velocity d z_t / dt
 
-Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"
-(2401.08740); Yu et al., "Representation Alignment for Generation" (REPA, 2410.06940); Leng et al., REPA-E (2504.10483).
-Module names are timm's and the authors', so that published weights load.
+Ma et al., "SiT" (2401.08740); Yu et al., REPA (2410.06940); Leng et al., REPA-E (2504.10483).
+Module names are timm's and the authors', so that published weights load by name.
+
+What every denoiser offers: net(z_t, t, y, drop, depth) -> v, tokens; .cfg with channels, size,
+num_classes, path and align_depth; .bn, its LatentNorm; .grid, the side of its square of tokens.
 """
 import math
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -23,7 +24,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ----------- Interpolants: z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_* are derivatives by t.
+
+# ---- Interpolants ---------------------------------------------------------------
+# z_t = alpha zn + sigma eps (SiT, section 2.1). t is any tensor; d_alpha, d_sigma are
+# derivatives by t. From the velocity follow data, noise and score, and back.
 
 def interpolant(t, path="linear"):
     """t in [0, 1] -> alpha, sigma, d_alpha, d_sigma, each of t's shape."""
@@ -34,25 +38,30 @@ def interpolant(t, path="linear"):
         return torch.cos(a * t), torch.sin(a * t), -a * torch.sin(a * t), a * torch.cos(a * t)
     raise ValueError(f"unknown interpolant {path!r}: expected linear or cosine")
 
+
 def expand(t, x):
     """t [B] -> [B, 1, ...], to be multiplied with x [B, ...]."""
     return t.view(-1, *[1] * (x.dim() - 1))
 
+
 def interpolate(zn, eps, t, path="linear"):
-    """Latents zn and noise eps [B, C, H, W], t [B] -> z_t and the target velocity v = d_alpha zn + d_sigma eps."""
+    """zn and noise eps [B, C, H, W], t [B] -> z_t, and the velocity d_alpha zn + d_sigma eps."""
     alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, zn), path)
     return alpha * zn + sigma * eps, d_alpha * zn + d_sigma * eps
 
+
 def data_noise_from_velocity(v, z_t, t, path="linear"):
-    """The two unknowns (zn, eps) of the two equations z_t = alpha zn + sigma eps, v = d_alpha zn + d_sigma eps."""
+    """The unknowns zn, eps of z_t = alpha zn + sigma eps and v = d_alpha zn + d_sigma eps."""
     alpha, sigma, d_alpha, d_sigma = interpolant(expand(t, z_t), path)
     det = alpha * d_sigma - sigma * d_alpha         # linear: 1, cosine: pi/2; never 0
     return (d_sigma * z_t - sigma * v) / det, (alpha * v - d_alpha * z_t) / det
 
+
 def score_from_velocity(v, z_t, t, path="linear"):
-    """score = grad log p_t(z_t) = -E[eps | z_t] / sigma; defined for t > 0 (SiT, equation 9)."""
+    """grad log p_t(z_t) = -E[eps | z_t] / sigma, for t > 0 (SiT, equation 9)."""
     _, eps = data_noise_from_velocity(v, z_t, t, path)
     return -eps / interpolant(expand(t, z_t), path)[1]
+
 
 def velocity_from(kind, value, z_t, t, path="linear"):
     """Predicted "data" (t > 0), "noise" or "score" (both t < 1) -> velocity."""
@@ -62,63 +71,87 @@ def velocity_from(kind, value, z_t, t, path="linear"):
     eps = -sigma * value if kind == "score" else value
     return d_alpha * (z_t - sigma * eps) / alpha + d_sigma * eps
 
+
 def time_from_uniform(u, weighting="uniform", path="linear"):
-    """u uniform in (0, 1), [B] -> training times t [B]: u itself, or EDM's lognormal sigma = exp(N(0, 1))."""
+    """u uniform in (0, 1), [B] -> times t [B]: u, or EDM's lognormal sigma = exp(N(0, 1))."""
     if weighting == "uniform":
         return u
     sigma = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).exp()
-    return (sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)).to(u.dtype)
+    t = sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)
+    return t.to(u.dtype)
 
-# -------- Latent BatchNorm (REPA-E): the VAE's latents drift while it trains; this keeps SiT's input at unit variance.
+
+# ---- The latents' BatchNorm -----------------------------------------------------
+# The latents drift while the VAE trains; this keeps SiT's input at unit variance.
 
 class LatentNorm(nn.BatchNorm2d):
     """BatchNorm2d with its two modes as two calls.
-    forward(z) uses the running statistics and leaves them alone: for the gradient of the VAE step they are constants.
-    normalise_batch(z) uses the statistics of the whole batch on all ranks, and keeps their sums until commit() merges
-    them into the running ones, once a step, however many micro-batches it had.
+
+    forward(z) uses the running statistics and leaves them alone: for the gradient of the VAE's step
+    they are constants. normalise_batch(z) uses the statistics of the whole batch on all ranks, and
+    adds to batch_sums until commit() merges these into the running ones, once a step.
     """
+
     def __init__(self, channels):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
-        self.pending = None
+        self.batch_sums = None          # sums [2, C] of z and z^2, and how many positions
+
     def forward(self, z):
         """z [B, C, H, W] -> zn, by the running statistics."""
-        return self._scale(z, self.running_mean, self.running_var)
+        return self.scale(z, self.running_mean, self.running_var)
+
     def inverse(self, zn):
         """zn -> z: the exact inverse of forward, before decoding."""
-        return zn * (self.running_var + self.eps).sqrt()[:, None, None] + self.running_mean[:, None, None]
-    def _scale(self, z, mean, var):
-        return (z - mean.to(z.dtype)[:, None, None]) * (var + self.eps).rsqrt().to(z.dtype)[:, None, None]
+        std = (self.running_var + self.eps).sqrt()
+        return zn * std[:, None, None] + self.running_mean[:, None, None]
+
+    def scale(self, z, mean, var):
+        rstd = (var + self.eps).rsqrt()
+        return (z - mean.to(z.dtype)[:, None, None]) * rstd.to(z.dtype)[:, None, None]
+
     def normalise_batch(self, z):
         """z [B, C, H, W] float32 -> zn, by this batch's mean and biased variance over all ranks."""
         count = z.numel() // z.shape[1]
-        own = torch.stack([z.double().sum((0, 2, 3)), z.double().square().sum((0, 2, 3))])      # [2, C], float64
-        total = own.detach().clone()
+        own = torch.stack([z.double().sum((0, 2, 3)), z.double().square().sum((0, 2, 3))])
+        total = own.detach().clone()                                            # [2, C]
         if dist.is_initialized():
             dist.all_reduce(total)
             count = count * dist.get_world_size()
-        self.pending = (total, count) if self.pending is None else (self.pending[0] + total, self.pending[1] + count)
-        mean, square = (own + (total - own).detach()) / count       # naive ablation: gradient through this rank's share
-        return self._scale(z, mean.float(), (square - mean.square()).float())
-    def pending_statistics(self):
+        before, n = self.batch_sums or (0, 0)
+        self.batch_sums = before + total, n + count
+
+        # the value is the total; the gradient (naive method) goes through this rank's share
+        total = own + (total - own).detach()
+        mean, square = total / count
+        return self.scale(z, mean.float(), (square - mean.square()).float())
+
+    def batch_statistics(self):
         """Mean and unbiased variance [C] of everything normalised since the last commit."""
-        (total, square), n = self.pending
+        (total, square), n = self.batch_sums
         mean = total / n
-        return mean.float(), ((square / n - mean.square()) * (n / max(n - 1, 1))).float()
+        var = (square / n - mean.square()) * (n / max(n - 1, 1))
+        return mean.float(), var.float()
+
     @torch.no_grad()
     def commit(self, ok):
-        """Move the running statistics towards the pending ones; where ok (a bool tensor) is False they stay."""
-        for running, new in zip((self.running_mean, self.running_var), self.pending_statistics()):
-            running.copy_(torch.where(ok, running.lerp(new, self.momentum), running))
-        self.pending = None
+        """Move the running statistics towards the batch's; where ok (a bool tensor) is False,
+        they stay."""
+        running = self.running_mean, self.running_var
+        for old, new in zip(running, self.batch_statistics()):
+            old.copy_(torch.where(ok, old.lerp(new, self.momentum), old))
+        self.batch_sums = None
         self.num_batches_tracked += ok.long()
+
     @torch.no_grad()
-    def set(self, mean, var):
+    def load_stats(self, mean, var):
         """Start from given statistics, [C] each."""
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
         self.num_batches_tracked.zero_()
 
-# ----------------------------------------------- SiT: DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
+
+# ---- SiT ------------------------------------------------------------------------
+# DiT's transformer with adaLN-Zero (Peebles and Xie, 2212.09748).
 
 @dataclass(frozen=True)
 class SiTConfig:
@@ -132,129 +165,176 @@ class SiTConfig:
     teacher_dims: tuple = (768,)    # one projector for each; () builds none
     align_depth: int = 8            # the projectors read the output of this block
     projector_width: int = 2048
-    qk_norm: bool = False
-    path: str = "linear"            # the interpolant it is trained on
+    qk_norm: bool = False           # of published files
+    path: str = "linear"            # the interpolant that it is trained on
 
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}      # depth, width, heads
+
+# SIZES: depth, width, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
 
 def parse_size(name):
     """ "SiT-XL/2" or "depth-width-heads/patch" ("6-192-3/2") -> (depth, width, heads, patch)."""
     body, _, patch = name.removeprefix("SiT-").partition("/")
     shape = SIZES.get(body) or tuple(int(n) if n.isdecimal() else 0 for n in body.split("-"))
-    if len(shape) != 3 or 0 in shape or shape[1] % shape[2] or shape[1] % 4 or patch not in ("1", "2", "4", "8"):
-        raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, 2, 4 or 8 (SiT-XL/2), "
-                         "or depth-width-heads/patch (6-192-3/2), the width a multiple of its heads and of 4")
+    whole = len(shape) == 3 and 0 not in shape and patch in ("1", "2", "4", "8")
+    if not whole or shape[1] % shape[2] or shape[1] % 4:
+        raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, "
+                         "2, 4 or 8 (SiT-XL/2), or depth-width-heads/patch (6-192-3/2), the "
+                         "width a multiple of its heads and of 4")
     return *shape, int(patch)
 
+
 def sincos_2d(dim, side):
-    """Fixed position table [1, side * side, dim]: half of dim for the column, half for the row, each [sin, cos]."""
+    """Fixed position table [1, side^2, dim]: half of dim for the column, half for the row, each
+    [sin, cos] of dim/4 frequencies."""
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency                        # [side, dim/4]
-    line = torch.cat([angle.sin(), angle.cos()], 1)                                             # [side, dim/2]
-    column, row = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)           # [side, side, dim/2]
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency        # [side, dim/4]
+    line = torch.cat([angle.sin(), angle.cos()], 1)                             # [side, dim/2]
+    column = line[None].expand(side, -1, -1)                                    # [side, side, ...]
+    row = line[:, None].expand(-1, side, -1)
     return torch.cat([column, row], 2).reshape(1, side * side, dim).float()
+
 
 def modulate(x, shift, scale):
     """Adaptive LayerNorm of tokens x [B, T, D]; shift and scale [B, D] come from the condition."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
+
 class TimestepEmbedder(nn.Module):
     """t [B] -> [B, D]: 128 cosines, 128 sines of t times 10000^(-k/128), then an MLP."""
+
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
     @staticmethod
     def frequencies(device=None):
-        return torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=device) / 128)
+        k = torch.arange(128, dtype=torch.float32, device=device)
+        return torch.exp(-math.log(10000) * k / 128)
+
     def forward(self, t):
         angle = t.float()[:, None] * self.frequencies(t.device)
-        with torch.autocast(t.device.type, enabled=False):      # bfloat16 would merge neighbouring t
+        with torch.autocast(t.device.type, enabled=False):      # bfloat16 merges neighbouring t
             return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
+
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)     # [B, heads, T, d]
-        x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # [B, heads, T, d]
+        q = self.q_norm(q).to(v.dtype)
+        k = self.k_norm(k).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
+
 class Block(nn.Module):
-    """A transformer block whose shifts, scales and gates come from the condition c [B, D]; zero gates at the start."""
+    """Transformer block; shifts, scales and gates come from the condition c [B, D]. At the start
+    the gates are zero."""
+
     def __init__(self, width, heads, qk_norm):
         super().__init__()
         self.attn = Attention(width, heads, qk_norm)
         self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * width, width)))
+            fc1=nn.Linear(width, 4 * width),
+            gelu=nn.GELU(approximate="tanh"),
+            fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
     def forward(self, x, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
         return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
+
 class FinalLayer(nn.Module):
-    """[B, T, D] -> [B, T, patch * patch * C]."""
+    """[B, T, D] -> [B, T, patch^2 C]."""
+
     def __init__(self, width, patch, channels):
         super().__init__()
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(x, shift, scale))
 
+
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, T, D]."""
+    """[B, C, H, W] -> [B, T, D], contiguous: the residual stream keeps this layout."""
+
     def __init__(self, channels, width, patch):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
+
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()     # the residual stream keeps this layout
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+
+
+def projector(width, hidden, dim):
+    """[B, T, D] -> [B, T, d_teacher] (REPA): an MLP of three layers."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                         nn.Linear(hidden, dim))
+
 
 class SiT(nn.Module):
     """The denoiser: SiT's step, the alignment in the VAE's step and sampling all call forward."""
+
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, D, wide = cfg, cfg.width, cfg.projector_width
+        self.cfg = cfg
+        D = cfg.width
         self.x_embedder = PatchEmbed(cfg.channels, D, cfg.patch)
         self.t_embedder = TimestepEmbedder(D)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(cfg.num_classes + 1, D)})
-        self.register_buffer("pos_embed", sincos_2d(D, cfg.size // cfg.patch))      # a constant: no optimizer sees it
+        table = nn.Embedding(cfg.num_classes + 1, D)
+        self.y_embedder = nn.ModuleDict({"embedding_table": table})
+        self.register_buffer("pos_embed", sincos_2d(D, self.grid))      # no optimizer sees it
         self.blocks = nn.ModuleList(Block(D, cfg.heads, cfg.qk_norm) for _ in range(cfg.depth))
         self.projectors = nn.ModuleList(
-            nn.Sequential(nn.Linear(D, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, dim))
-            for dim in cfg.teacher_dims)
+            projector(D, cfg.projector_width, dim) for dim in cfg.teacher_dims)
         self.final_layer = FinalLayer(D, cfg.patch, cfg.channels)
         self.bn = LatentNorm(cfg.channels)
-        self.initialise()
-    def initialise(self):
-        """adaLN-Zero: every block starts as the identity, and the predicted velocity as 0."""
+        self.init_weights()
+
+    def init_weights(self):
+        """adaLN-Zero: each block starts as the identity, the predicted velocity as 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        mlp = self.t_embedder.mlp
+        for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
     @property
     def grid(self):
         """Side of the square of tokens."""
         return self.cfg.size // self.cfg.patch
 
     def unpatchify(self, x):
-        """[B, T, patch * patch * C] -> [B, C, H, W]; the last axis is ordered (row in the patch, column, channel)."""
-        B, p, n = len(x), self.cfg.patch, self.grid
-        x = x.view(B, n, n, p, p, self.cfg.channels).permute(0, 5, 1, 3, 2, 4)      # [B, C, n, p, n, p]
-        return x.reshape(B, self.cfg.channels, n * p, n * p)
+        """[B, T, patch^2 C] -> [B, C, H, W]; the last axis is ordered row, column, channel."""
+        B, C, p, n = len(x), self.cfg.channels, self.cfg.patch, self.grid
+        x = x.view(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4)                  # [B, C, n, p, n, p]
+        return x.reshape(B, C, n * p, n * p)
+
     def forward(self, z_t, t, y, drop=None, depth=None):
         """Velocity and projected tokens; where drop is True, the label is the null class.
 
@@ -273,50 +353,3 @@ class SiT(nn.Module):
             if i == depth:
                 return None, tokens
         return self.unpatchify(self.final_layer(x, c)), tokens
-
-# - Loading: the weights of REPA-E, REPA (sihyun-yu/REPA) and SiT (willisma/SiT), whose modules have the names of ours.
-
-def published_sit(file):
-    """A published checkpoint, as torch.load gives it -> (SiTConfig, state dict), the same network as a SiT of ours.
-    The architecture is read off the shapes (heads have 64 channels, XL's 72); the file's args, if any, tell the rest.
-    Files without statistics of the latents (REPA, SiT) are SD-VAE's: zn = 0.18215 z.
-    """
-    state, args = file.get("ema", file), file.get("args")
-    early, late = (len({key.split(".")[1] for key in state if key.startswith(prefix)})
-                   for prefix in ("blocks.", "decoder_blocks."))
-    state = {re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{early + int(m[1])}", key): value
-             for key, value in state.items()}           # older files of REPA count anew behind align_depth
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    dims = tuple(len(w) for key, w in state.items() if re.fullmatch(r"projectors\.\d+\.4\.weight", key))
-    cfg = SiTConfig(
-        depth=early + late, width=width, heads=16 if width == 1152 else width // 64, patch=patch, channels=channels,
-        size=patch * math.isqrt(state["pos_embed"].shape[1]),
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, teacher_dims=dims,
-        align_depth=getattr(args, "encoder_depth", early if late else 8 if width >= 1024 else 4),
-        projector_width=len(state["projectors.0.0.weight"]) if dims else SiTConfig.projector_width,
-        qk_norm="blocks.0.attn.q_norm.weight" in state, path=getattr(args, "path_type", "linear").lower())
-    if len(state["final_layer.linear.weight"]) == 2 * patch * patch * channels:
-        reverse_time(state, patch, channels)
-    prediction = getattr(args, "prediction", "v")
-    if width % 64 or cfg.path not in ("linear", "cosine") or prediction not in ("v", "velocity"):
-        raise ValueError(f"width {width}, path {cfg.path}, prediction {prediction}: expected a multiple of 64, linear "
-                         "or cosine, v or velocity")
-    if "bn.running_var" not in state and channels == 4:
-        bn = LatentNorm(channels)
-        bn.set(torch.zeros(channels), torch.full((channels,), 0.18215**-2 - bn.eps))
-        state |= {f"bn.{key}": value for key, value in bn.state_dict().items()}
-    return cfg, state
-
-def reverse_time(state, patch, channels):
-    """willisma/SiT's weights, in place: t = 1 is data there, v has the other sign. -> v(z, t) = -theirs(z, 1 - t).
-    cos f(1 - t) = cos f cos ft + sin f sin ft, and sin f(1 - t) = sin f cos ft - cos f sin ft: the first layer behind
-    the cosines and sines takes 1 - t in. Of the 2C channels of the output, C are the velocity and C are unused.
-    (DiT's files have the same names and shapes but predict noise: nothing tells them from SiT's.)
-    """
-    cos, sin = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)
-    f = TimestepEmbedder.frequencies().double()
-    turned = (cos * f.cos() + sin * f.sin(), cos * f.sin() - sin * f.cos())
-    state["t_embedder.mlp.0.weight"] = torch.cat(turned, 1).float()
-    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[key].unflatten(0, (patch * patch, 2 * channels))               # ordered (row, column, channel)
-        state[key] = -rows[:, :channels].flatten(0, 1)

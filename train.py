@@ -3,6 +3,8 @@
     torchrun --nproc_per_node=8 train.py --data=imagenet/train      # the paper's run: the defaults
     python train.py --data=imagenet/train                           # on one GPU: 8 micro-batches
     python train.py --preset=tiny                                   # on a laptop, no download
+    python train.py pack imagenet/train imagenet-256                # crop once: --data=imagenet-256
+    torchrun --nproc_per_node=8 train.py encode sdvae imagenet-256 latents      # for a frozen VAE
 
 Which loss trains what (x: its gradient arrives there):
 
@@ -22,6 +24,7 @@ snapshots step_N.pt (for sample.py, evaluate.py, --init, --vae). The same comman
 import copy
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -33,6 +36,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,16 +49,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 from repa import TEACHERS, align_loss, load_teacher
-from sample import (PATIENCE, Model, all_mean, autocast, can_compile, friendly, nearest, parse,
-                    rank0_first, seed_of, start)
+from sample import (PATIENCE, PUBLISHED, Pipeline, all_mean, autocast, can_compile, config_of,
+                    find_checkpoint, friendly, init_distributed, load_vae, nearest, open_array,
+                    parse, rank0_first, read_weights, save_grid, seed_of)
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
-from vae import (PUBLISHED, VAE, VAES, Cached, Discriminator, Perceptual, Unreadable, VAEConfig,
-                 adaptive_gan_weight, config_from_dict, discriminator_loss, find_checkpoint,
-                 generator_loss, grid, identity, kl_divergence, load_strict, load_vae, misfits,
-                 open_images, read_weights, reading, reconstruction_loss, save_png, to_float,
-                 to_uint8)
+from vae import (LPIPS, VAE, VAES, Discriminator, Folder, Shapes, VAEConfig,
+                 adaptive_gan_weight, collate, discriminator_loss, fetch, fingerprint,
+                 generator_loss, kl_divergence, load_weights, open_images, reading,
+                 reconstruction_loss, to_float, to_uint8)
 
 
 # ---- Settings -------------------------------------------------------------------
@@ -81,8 +86,8 @@ METHODS = {
 class Config:
     method: Literal[*METHODS] = "repa-e"    # repa-e, repa, sit, naive or vae: what is trained
     out: str = "runs/repa-e"        # the run's folder; the same command again resumes from it
-    data: str = "data/imagenet/train"   # a tree of class folders, an .npz of vae.py pack, or tiny
-    latents: str = ""               # a cache by vae.py encode, in place of encoding (frozen VAE)
+    data: str = "data/imagenet/train"   # a tree of class folders, a pack of train.py pack, or tiny
+    latents: str = ""               # a cache by train.py encode, in place of a frozen VAE's encoder
     resolution: int = 256           # R, side of the images
     vae: str = "sdvae"              # sdvae, invae, vavae, hf:...; a file or folder; f8d4 ... tiny
     sit: str = "SiT-XL/2"           # SiT-{S,B,L,XL}/{1,2,4,8} or depth-width-heads/patch
@@ -136,7 +141,7 @@ class Config:
     preview_guidance: float = 1.0
     save_every: int = 25_000        # steps between writes of state.pt
     snapshot_every: int = 50_000    # ... of step_N.pt, all of which are kept
-    dry: bool = False               # check what can be checked without a network, then stop
+    dry: bool = False               # check what can be checked without networks, then stop
 
     @property
     def trains_vae(self):
@@ -187,7 +192,7 @@ class Networks:
     sit: SiT | None = None
     disc: Discriminator | None = None
     teacher: nn.Module | None = None        # frozen: uint8 [B, 3, R, R] -> tokens [B, T, d]
-    lpips: Perceptual | None = None         # frozen
+    lpips: LPIPS | None = None              # frozen
     ema: SiT | None = None                  # average of sit, which images are sampled from
     vae_ema: VAE | None = None
     ddp: dict = field(default_factory=dict)     # vae, sit, disc again, under DDP with several ranks
@@ -516,12 +521,12 @@ class Order(torch.utils.data.Sampler):
     """Index lists of this process's micro-batches, step after step, from first_step on.
     Each epoch is a permutation of its own."""
 
-    def __init__(self, length, cfg, rank, world, first_step, stream="epoch"):
+    def __init__(self, length, cfg, rank, world, first_step, purpose="epoch"):
         self.length, self.cfg, self.rank, self.world = length, cfg, rank, world
-        self.first_step, self.stream = first_step, stream
+        self.first_step, self.purpose = first_step, purpose
 
     def permutation(self, epoch):
-        generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, self.stream, epoch))
+        generator = torch.Generator().manual_seed(seed_of(self.cfg.seed, self.purpose, epoch))
         return torch.randperm(self.length, generator=generator)
 
     def __iter__(self):
@@ -539,12 +544,12 @@ class Order(torch.utils.data.Sampler):
             position += self.cfg.batch
 
 
-def batches_of(data, cfg, rank, world, device, stream="epoch", first_step=0):
+def batches_of(data, cfg, rank, world, device, purpose="epoch", first_step=0):
     """Endless micro-batches (uint8 [B, 3, R, R], labels [B], what a cache adds) on the device."""
     workers = 0 if cfg.data == "tiny" else cfg.workers
     loader = torch.utils.data.DataLoader(
-        data, batch_size=None, sampler=Order(len(data), cfg, rank, world, first_step, stream),
-        num_workers=workers, prefetch_factor=4 if workers else None,
+        data, batch_sampler=Order(len(data), cfg, rank, world, first_step, purpose),
+        collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for values in loader:
         yield [value.to(device, non_blocking=True) for value in values]
@@ -556,10 +561,10 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def draws(cfg, step, rank, world, latent, device, stream="step"):
+def draws(cfg, step, rank, world, latent, device, purpose="step"):
     """All randomness of a step, this process's rows of it; latent: C, h, w -> Draws.
     The same for any number of processes; on another kind of GPU they may be others."""
-    generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, stream, step))
+    generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, purpose, step))
     B = cfg.batch
     mine = slice(rank * B // world, (rank + 1) * B // world)
     u = torch.rand(3, B, generator=generator, device=device)
@@ -588,13 +593,14 @@ def build(cfg, data, state, world, device):
                                    getattr(data, "draw", None))
         teacher.to(device, memory_format=torch.channels_last)
     if cfg.trains_vae and cfg.gan:
-        disc = Discriminator(len(disc_state["main.0.weight"]) if disc_state else cfg.disc_ch)
-        if disc_state:
-            where = cfg.out if state else cfg.init or cfg.vae
-            load_strict(disc, disc_state, f"{where}: its discriminator")
+        where = cfg.out if state else cfg.init or cfg.vae
+        with reading(where, "a discriminator like the authors'"):
+            disc = Discriminator(len(disc_state["main.0.weight"]) if disc_state else cfg.disc_ch)
+            if disc_state:
+                load_weights(disc, disc_state)
     if cfg.trains_vae and cfg.lpips:
         with rank0_first():
-            lpips = Perceptual(cfg.lpips_legacy_range).to(device)
+            lpips = LPIPS(cfg.lpips_legacy_range).to(device)
     vae.requires_grad_(cfg.trains_vae)
     for network in (vae, sit, disc):
         if network is not None:
@@ -611,8 +617,9 @@ def build_vae(cfg, state):
     """A new run: from --init, --vae or random weights; a resumed one: from its state.
     -> vae, its latents' statistics or None, its discriminator's weights or None."""
     if state is not None:
-        vae = VAE(config_from_dict(VAEConfig, state["vae_config"]))
-        load_strict(vae, state["vae"], f"{cfg.out}: its VAE")
+        with reading(cfg.out, RUN):
+            vae = VAE(config_of(VAEConfig, state["vae_config"]))
+            load_weights(vae, state["vae"])
         return vae, None, state.get("discriminator")
     with rank0_first():
         vae, stats, disc_state = load_vae(cfg.init or cfg.vae)
@@ -629,27 +636,29 @@ def build_sit(cfg, vae_config, num_classes, state, stats):
     sit = SiT(SiTConfig(depth, width, heads, patch, vae_config.z_channels, side, num_classes, dims,
                         align_depth, cfg.projector_width, path=cfg.path))
     if state is not None:
-        load_strict(sit, state["model"], f"{cfg.out}: its SiT")
+        with reading(cfg.out, RUN):
+            load_weights(sit, state["model"])
     elif cfg.init:
         start_from(sit, cfg.init)
     if stats is not None:
-        sit.bn.set(*stats)
+        sit.bn.load_stats(*stats)
     return sit
 
 
 def start_from(sit, name):
     """--init: another run's EMA SiT. What depends on the data starts afresh, and is named."""
-    file, own = read_weights(find_checkpoint(name)), sit.state_dict()
-    if "ema" not in file:
+    content, own = read_weights(find_checkpoint(name)), sit.state_dict()
+    if "ema" not in content:
         raise ValueError(f"--init={name} holds no SiT: for its VAE alone use --vae={name}")
-    shared = own.keys() & file["ema"].keys()
-    fits = {key: file["ema"][key] for key in shared if not misfits({key: own[key]}, file["ema"])}
+    given = content["ema"]
+    fits = {key: given[key] for key in own if key in given and given[key].shape == own[key].shape}
     fresh = sorted(own.keys() - fits.keys())
-    replaceable = ("y_embedder.", "pos_embed", "projectors.")
-    if wrong := [key for key in fresh if not key.startswith(replaceable)]:
+    of_the_data = ("y_embedder.", "pos_embed", "projectors.")
+    wrong = [key for key in fresh if not key.startswith(of_the_data)]
+    if wrong:
         raise ValueError(f"--init={name} does not fit --sit: {', '.join(wrong[:3])} and so on are "
                          "missing or misshapen")
-    sit.load_state_dict(own | fits)
+    load_weights(sit, own | fits)
     print(f"--init={name}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
 
 
@@ -661,8 +670,8 @@ def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, step
         for part in r.split(min(cfg.micro_batch, len(r.t))):
             image, _, *moments = next(batches)
             sit.bn.normalise_batch(frozen_latents(vae, to_float(image), moments, part.noise))
-    sit.bn.set(*sit.bn.pending_statistics())
-    sit.bn.pending = None
+    sit.bn.load_stats(*sit.bn.batch_statistics())
+    sit.bn.batch_sums = None
 
 
 def compile_networks(cfg, nets):
@@ -689,21 +698,23 @@ def make_optimizer(network, lr):
 # state.pt resumes a run; snapshots step_N.pt are for sampling and evaluation. Each
 # is written under another name first, so a file is whole or not there.
 
+RUN = "a run of this version: name another --out"
 OPT_KEYS = {"sit": "opt", "vae": "opt_vae", "disc": "opt_disc"}     # the authors' names
 
 
-def snapshot_of(cfg, nets, step, data, fingerprint):
+def snapshot_of(cfg, nets, step, data):
     """What sampling, evaluation, --init and --vae need."""
     return {"config": asdict(cfg), "vae_config": asdict(nets.vae.cfg),
             "sit_config": asdict(nets.sit.cfg) if nets.sit else None,
             "vae": nets.vae, "vae_ema": nets.vae_ema, "ema": nets.ema, "discriminator": nets.disc,
-            "steps": step, "classes": list(data.classes), "data": fingerprint, "versions": VERSIONS}
+            "steps": step, "classes": list(data.classes), "data": fingerprint(data),
+            "versions": VERSIONS}
 
 
-def save(cfg, nets, opts, step, skipped, data, fingerprint, snapshot):
+def save(cfg, nets, opts, step, skipped, data, snapshot):
     """Writes step_N.pt, if snapshot is True, and then state.pt, which completes the step."""
     out = Path(cfg.out)
-    content = snapshot_of(cfg, nets, step, data, fingerprint)
+    content = snapshot_of(cfg, nets, step, data)
     if snapshot:
         atomic_save(out / f"step_{step:07d}.pt", content)
     optimizers = {OPT_KEYS[name]: opt for name, opt in opts.items()}
@@ -743,7 +754,7 @@ def read_state(out, rank):
             continue
         try:
             state = read_weights(file)
-        except Unreadable as error:
+        except ValueError as error:
             cause = error.__cause__
             damage = (None, errno.EINVAL, errno.ENOENT)     # EINVAL: a cut zip seeks anywhere
             if isinstance(cause, OSError) and cause.errno not in damage:
@@ -766,8 +777,8 @@ def load_state(cfg, rank):
         state = read_state(cfg.out, rank)
     if state is None:
         return None
-    if misfits({"skipped": torch.zeros(2), "steps": 0}, state):
-        raise ValueError("steps or skipped are not what train.py writes")
+    if state["skipped"].shape != (2,):
+        raise ValueError(f"{cfg.out} holds a state of another version: name another --out")
     old, new = state["config"], asdict(cfg)
     if cfg.trains_vae and cfg.gan and "opt_disc" not in state:
         raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new "
@@ -790,28 +801,17 @@ def load_state(cfg, rank):
     return state
 
 
-def restore(cfg, nets, opts, state):
-    """The averages and Adam's moments of a resumed run."""
+def restore(nets, opts, state):
+    """The averages, and Adam's moments: rates and other settings come from the current run."""
     for name, opt in opts.items():
-        load_optimizer(opt, state[OPT_KEYS[name]], f"{cfg.out}: its {OPT_KEYS[name]}")
+        opt.load_state_dict({**opt.state_dict(), "state": state[OPT_KEYS[name]]["state"]})
+        for p, moments in opt.state.items():
+            shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
+            if shapes != [p.shape, p.shape, ()] or not moments["step"].is_floating_point():
+                raise ValueError(f"{OPT_KEYS[name]} does not fit the {name}")
     for name in ("ema", "vae_ema"):
-        average = getattr(nets, name)
-        if average is not None:
-            load_strict(average, state.get(name) or state["vae"], f"{cfg.out}: its {name}")
-
-
-def load_optimizer(opt, saved, what):
-    """Restores Adam's moments; hyperparameters come from the current settings."""
-    parameters = opt.param_groups[0]["params"]
-    own = {f"{i}.{key}": parameters[i] if key != "step" else torch.tensor(0.0)
-           for i in saved["state"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    given = {f"{i}.{key}": value for i, values in saved["state"].items()
-             for key, value in values.items()}
-    wrong = misfits(own, given)
-    wrong += [f"{key} is too many or missing" for key in own.keys() ^ given.keys()]
-    if wrong:
-        raise ValueError(f"{what} does not fit: {wrong[0]}")
-    opt.load_state_dict({**opt.state_dict(), "state": saved["state"]})
+        if getattr(nets, name) is not None:
+            load_weights(getattr(nets, name), state.get(name) or state["vae"])
 
 
 def check_room(cfg, nets):
@@ -965,14 +965,12 @@ class Log:
 def run(cfg, rank, world, device, stop=lambda: False):
     """Trains to cfg.steps, from the state in cfg.out if there is one. -> False if stopped."""
     data = open_images(cfg.data, cfg.resolution)
-    fingerprint = identity(data)["data"][:16]
-    with reading(cfg.out, "run's folder", "move its state.pt away"):
-        state = load_state(cfg, rank)
+    state = load_state(cfg, rank)
     first = state["steps"] if state else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a "
                          "folder that they share")
-    if state and state.get("data", fingerprint) != fingerprint:
+    if state and state["data"] != fingerprint(data):
         raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): "
                          "name another --out")
     nets, cfg, needs_statistics = build(cfg, data, state, world, device)
@@ -980,7 +978,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
     latent = (nets.vae.cfg.z_channels, *[cfg.resolution // nets.vae.cfg.downsampling] * 2)
     source = data
     if cfg.latents:
-        source = Cached(data, cfg.latents, nets.vae, images=nets.teacher is not None)
+        source = CachedLatents(data, cfg.latents, nets.vae, images=nets.teacher is not None)
     if needs_statistics:
         batches = batches_of(source, cfg, rank, world, device, "statistics")
         measure_statistics(nets.sit, nets.vae, batches, cfg, rank, world, latent, device)
@@ -989,7 +987,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
     del state                                           # frees its memory
 
     log = Log(cfg.out, rank, device)
-    log.write(header(cfg, world, first, data, fingerprint))
+    log.write(header(cfg, world, first, data))
     batches = log.timed(batches_of(source, cfg, rank, world, device, "epoch", first))
     for step in range(first, cfg.steps + 1):            # one turn more: the last preview and save
         done, stopping = step == cfg.steps, stop()
@@ -998,7 +996,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
                 with surviving("the preview"), torch.compiler.set_stance("force_eager"):
                     preview(cfg, step, nets, data, device)
             if done or stopping or step % cfg.save_every == 0 or step % cfg.snapshot_every == 0:
-                checkpoint(cfg, nets, opts, step, skipped, data, fingerprint, done or stopping)
+                checkpoint(cfg, nets, opts, step, skipped, data, done or stopping)
         if done or stopping:
             return done
         r = draws(cfg, step, rank, world, latent, device)
@@ -1027,8 +1025,8 @@ def make_trainable(cfg, nets, state, rank, world, device):
     opts = {name: make_optimizer(getattr(nets, name), getattr(cfg, f"lr_{name}"))
             for name in trained}
     if state is not None:
-        with reading(cfg.out, "run's folder", "move its state.pt away"):
-            restore(cfg, nets, opts, state)
+        with reading(cfg.out, RUN):
+            restore(nets, opts, state)
 
     for level in [*nets.vae.encoder.down[: cfg.recompute], *nets.vae.decoder.up[: cfg.recompute]]:
         level.recompute = cfg.trains_vae
@@ -1040,24 +1038,24 @@ def make_trainable(cfg, nets, state, rank, world, device):
     return opts
 
 
-def checkpoint(cfg, nets, opts, step, skipped, data, fingerprint, last):
+def checkpoint(cfg, nets, opts, step, skipped, data, last):
     """All processes compare their networks, the first one writes. last: the run ends here."""
     check_replicas(nets)
     skipped = skipped.cpu()
     if not dist.is_initialized() or dist.get_rank() == 0:
         with surviving(f"the checkpoint of step {step}", last):
             snapshot = last or step % cfg.snapshot_every == 0
-            save(cfg, nets, opts, step, skipped, data, fingerprint, snapshot)
+            save(cfg, nets, opts, step, skipped, data, snapshot)
     if dist.is_initialized():
         dist.barrier()                                  # until the files are there
 
 
-def header(cfg, world, first, data, fingerprint):
+def header(cfg, world, first, data):
     """The first line of metrics.jsonl: what this run is."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                          capture_output=True)
     return {"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS,
-            "images": len(data), "data": fingerprint, "git": git.stdout.strip(),
+            "images": len(data), "data": fingerprint(data), "git": git.stdout.strip(),
             "threads": torch.get_num_threads()}
 
 
@@ -1077,14 +1075,122 @@ def preview(cfg, step, nets, data, device):
         last = len(data.classes) - 1
         classes = np.linspace(0, last, min(10, last + 1)).round().astype(int).tolist()
         labels = [c for c in classes for _ in range(8)]
-        model = Model(vae, nets.ema, list(data.classes), {}, step)
+        model = Pipeline(vae, nets.ema, list(data.classes), {}, step)
         images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance,
                        batch=cfg.micro_batch)
-        save_png(f"{cfg.out}/samples_{step:07d}.png", grid(images, 8))
-    image, _ = data[list(range(0, len(data), max(1, len(data) // 16)))[:16]]
-    rec = to_uint8(vae.decode(vae.encode(to_float(image.to(device)))[0])).cpu()
+        save_grid(f"{cfg.out}/samples_{step:07d}.png", images)
+    image = fetch(data, list(range(0, len(data), max(1, len(data) // 16)))[:16])[0].to(device)
+    rec = to_uint8(vae.decode(vae.encode(to_float(image))[0]))
     pairs = torch.stack([image, rec], 1).flatten(0, 1)
-    save_png(f"{cfg.out}/reconstructions_{step:07d}.png", grid(pairs, 8))
+    save_grid(f"{cfg.out}/reconstructions_{step:07d}.png", pairs)
+
+
+# ---- Images once, latents once --------------------------------------------------
+# Folders that train.py takes in place of a tree of images, and of a frozen VAE.
+
+def pack(folder: str, out: str, resolution: int = 256):
+    """Crops a tree of images once, on all cores, into a folder that --data takes in its place.
+    Images that can't be read are named, counted and left out (label -1)."""
+    data, out = Folder(folder, resolution), Path(out)
+    if (out / "labels.npy").exists():
+        raise ValueError(f"{out} is a pack already: remove it, or name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    shape = len(data), data.resolution, data.resolution, 3
+    images = open_array(out / "images.npy", np.uint8, shape)
+    labels = data.labels.numpy().copy()
+
+    def write(i):
+        try:
+            images[i] = data[i][0].permute(1, 2, 0).numpy()
+        except ValueError as error:
+            print(error, flush=True)
+            labels[i] = -1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(write, range(len(data))), "packing", len(data)):
+            pass
+    images.flush()
+    (out / "classes.json").write_text(json.dumps(data.classes))
+    np.save(out / "labels.tmp.npy", labels)
+    os.replace(out / "labels.tmp.npy", out / "labels.npy")      # last: now it is a pack
+    print(f"{out}: {(labels >= 0).sum()} images, {(labels < 0).sum()} unreadable")
+
+
+def cache_about(data, vae):
+    """What a cache of latents belongs to: the data and the VAE."""
+    weights = hashlib.sha256(str(vae.cfg).encode())
+    for value in vae.state_dict().values():
+        weights.update(value.cpu().contiguous().numpy().tobytes())
+    return {"data": fingerprint(data), "VAE": weights.hexdigest()[:16]}
+
+
+@torch.no_grad()
+def encode(vae: str, data: str, out: str, resolution: int = 0, batch: int = 64):
+    """Writes a folder that --latents takes: mean and std of each image's posterior, in float16, by
+    the VAE in float32. torchrun's processes share the images; killed, the same command goes on."""
+    rank, world_size, device = init_distributed()
+    torch.set_float32_matmul_precision("highest")               # not TF32: it is done once
+    torch.backends.cudnn.allow_tf32 = False
+    if vae in VAES:
+        raise ValueError(f"{vae} has random weights: name a trained VAE")
+    with rank0_first():
+        net, images, folder = load_vae(vae)[0], open_images(data, resolution), Path(out)
+        if images.resolution % net.cfg.downsampling:
+            raise ValueError(f"{data} at {images.resolution} px: give --resolution=, a multiple of "
+                             f"{net.cfg.downsampling}")
+        about, N = cache_about(images, net), len(images)
+        side = images.resolution // net.cfg.downsampling
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "cache.json").exists():
+            (folder / "cache.tmp").write_text(json.dumps(about))
+            os.replace(folder / "cache.tmp", folder / "cache.json")
+        with reading(folder / "cache.json", "a cache of train.py encode: remove the folder"):
+            found = json.loads((folder / "cache.json").read_text())
+        if found != about:
+            raise ValueError(f"{out} is a cache of another VAE or of other data: name another "
+                             "folder")
+        shape = N, 2, net.cfg.z_channels, side, side
+        latents = open_array(folder / "latents.npy", np.float16, shape)
+        done = open_array(folder / "done.npy", np.bool_, (N,))
+    net.to(device, memory_format=torch.channels_last).eval()
+    todo = [i for i in range(rank * N // world_size, (rank + 1) * N // world_size) if not done[i]]
+    todo = [todo[i : i + batch] for i in range(0, len(todo), batch)]
+    workers = min(8, os.cpu_count()) if isinstance(images, Folder) else 0
+    loader = torch.utils.data.DataLoader(images, batch_sampler=todo, collate_fn=collate,
+                                         num_workers=workers)
+    for rows, (image, _) in zip(todo, tqdm(loader, "encoding", disable=rank > 0)):
+        mean, logvar = net.encode(to_float(image.to(device)))
+        latents[rows] = torch.stack([mean, (logvar / 2).exp()], 1).half().cpu().numpy()
+        latents.flush()                                         # on the disk before it counts
+        done[rows] = True
+    done.flush()
+
+
+class CachedLatents:
+    """A data set with its cache: image, label, moments float16 [2, C, h, w] (mean, std).
+    images=False leaves the files unread: images [B, 3, 0, 0]."""
+
+    def __init__(self, data, folder, vae, images=True):
+        self.data, self.file, self.images = data, Path(folder) / "latents.npy", images
+        with reading(folder, "a cache of train.py encode"):
+            about = dict(json.loads((self.file.parent / "cache.json").read_text()))
+            done = np.load(self.file.parent / "done.npy")
+            np.load(self.file, mmap_mode="r")
+        for what, own in cache_about(data, vae).items():
+            if about.get(what) != own:
+                raise ValueError(f"{folder} is the cache of another {what}: make one by train.py "
+                                 "encode")
+        if len(done) != len(data) or not done.all():
+            raise ValueError(f"{folder} is not complete: run the same train.py encode again")
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, indices):
+        moments = torch.from_numpy(np.load(self.file, mmap_mode="r")[indices])
+        if self.images or isinstance(self.data, Shapes):
+            return *fetch(self.data, indices), moments
+        empty = torch.zeros(len(indices), 3, 0, 0, dtype=torch.uint8)
+        return empty, self.data.labels[indices], moments
 
 
 # ---- The command ----------------------------------------------------------------
@@ -1111,8 +1217,11 @@ def open_out(cfg, rank):
 
 @friendly
 def main(argv):
+    commands = {"pack": pack, "encode": encode}
+    if argv and argv[0] in commands:
+        return parse(commands[argv[0]], argv[1:])
     cfg = parse(Config, argv, PRESETS)
-    rank, world, device = start()
+    rank, world, device = init_distributed()
     if found := problems(cfg, world):
         raise ValueError("; ".join(found))
     if rank == 0:

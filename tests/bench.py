@@ -29,9 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import train  # noqa: E402
-from sample import Model, euler_maruyama, guided, parse, start  # noqa: E402
+from sample import PUBLISHED, Pipeline, euler_maruyama, guided, init_distributed, parse  # noqa: E402
 from steps import Ours, Peer  # noqa: E402
-from vae import PUBLISHED, VAE, VAES  # noqa: E402
+from vae import VAE, VAES, collate, open_images  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------ What is measured.
 
@@ -169,10 +169,10 @@ def bench_sampling(cfg, device, checkout, steps=10):
     ours = Ours(cfg, device)
     peer = Peer(checkout, ours) if checkout else None
     sit = ours.nets.sit.requires_grad_(False)
-    sit.projectors = torch.nn.ModuleList()          # as sample.load_model does
+    sit.projectors = torch.nn.ModuleList()          # as load_pipeline does
     rows = []
     hook = sit.x_embedder.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    y, model = torch.randint(0, 1000, (cfg.batch,), device=device), Model(ours.nets.vae, sit, [], {}, 0)
+    y, model = torch.randint(0, 1000, (cfg.batch,), device=device), Pipeline(ours.nets.vae, sit, [], {}, 0)
     z = torch.randn(cfg.batch, *ours.latent, device=device)
     for scale, low, high in ((1.0, 0.0, 1.0), (2.2, 0.0, 0.65)):
         rows.clear()
@@ -379,7 +379,6 @@ def data():
     import numpy as np
     from PIL import Image
 
-    import vae as V
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for i in range(640):
@@ -388,13 +387,14 @@ def data():
             small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))     # smooth, as photographs are
             small.resize((500, 375), Image.BICUBIC).save(path, quality=90)
         begin = time.perf_counter()
-        V.pack(f"{folder}/tree", f"{folder}/tree.npz", 256)
+        train.pack(f"{folder}/tree", f"{folder}/packed", 256)
         print(f"pack: {640 / (time.perf_counter() - begin):.0f} images/s on {os.cpu_count()} cores")
-        for name in ("tree", "tree.npz"):
-            images = V.open_images(f"{folder}/{name}", 256)
+        for name in ("tree", "packed"):
+            images = open_images(f"{folder}/{name}", 256)
             for workers in (0, 2):
-                order = [list(range(i, i + 32)) for i in range(0, 640, 32)] * (10 if name == "tree.npz" else 1)
-                loader = torch.utils.data.DataLoader(images, batch_size=None, sampler=order, num_workers=workers)
+                order = [list(range(i, i + 32)) for i in range(0, 640, 32)] * (10 if name == "packed" else 1)
+                loader = torch.utils.data.DataLoader(images, batch_sampler=order, num_workers=workers,
+                                                     collate_fn=collate)
                 begin = time.perf_counter()
                 count = sum(len(x) for x, _ in loader)
                 print(f"{name}, {workers} workers: {count / (time.perf_counter() - begin):.0f} images/s")
@@ -408,7 +408,7 @@ def main():
     cfg = parse(train.Config, [word for word in options if not word.startswith("--peer=")], train.PRESETS)
     cfg.batch = min(cfg.batch, cfg.micro_batch)     # one micro-batch: what a device has at a time
     cfg.lpips_legacy_range = bool(checkout)         # theirs: equal numbers
-    _, _, device = start()
+    _, _, device = init_distributed()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {cfg.sit}, VAE {cfg.vae}, {cfg.resolution} px, batch {cfg.batch}")
     for word in words or ["step"]:

@@ -77,7 +77,7 @@ def launch(words):
     class RecordedOrder(plain_order):
         def __iter__(self):
             for n, rows in enumerate(super().__iter__()):       # one micro-batch is a step here
-                if self.stream == "epoch":
+                if self.purpose == "epoch":
                     with open(order, "a") as file:
                         file.write(json.dumps([self.first_step + n, self.rank, rows]) + "\n")
                 yield rows

@@ -84,14 +84,14 @@ def make(root):
     torch.manual_seed(0)
     for name in "data flat pack cache vae run later joint sit old reference inception hub".split():
         (root / name).mkdir()
-    noise, shapes = np.random.default_rng(0), V.Shapes(32)[range(6)][0].permute(0, 2, 3, 1).numpy()
+    noise, shapes = np.random.default_rng(0), V.fetch(V.Shapes(32), range(6))[0].permute(0, 2, 3, 1).numpy()
     for i, end in enumerate(("jpg", "png", "webp", "bmp", "JPEG", "png")):
         (root / f"data/{i % 2}").mkdir(exist_ok=True)
         Image.fromarray(shapes[i]).save(root / f"data/{i % 2}/{i}.{end}")
     Image.fromarray(noise.integers(0, 2**16, (20, 24), dtype=np.uint16)).save(root / "data/0/deep.png")
     shutil.copy(root / "data/0/0.jpg", root / "flat")
     shutil.copy(root / "data/1/1.png", root / "flat")
-    V.pack(str(root / "data"), str(root / "pack/pack.npz"), 16)
+    train.pack(str(root / "data"), str(root / "pack"), 16)
 
     torch.save(V.VAE(V.VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)).state_dict(), root / "start.pt")
     train.run(config(root / "run", root / "start.pt"), 0, 1, torch.device("cpu"))
@@ -100,54 +100,56 @@ def make(root):
     torch.set_num_threads(1)                            # as the cases: its second step is repeated
     train.run(later, 0, 1, torch.device("cpu"))
     torch.set_num_threads(threads)
-    V.export(str(root / "run"), str(root / "vae"))
+    S.export(str(root / "run"), to=str(root / "vae"))
     (root / "diffusers").mkdir()
     for name in ("diffusion_pytorch_model.safetensors", "config.json"):
         (root / "vae" / name).rename(root / "diffusers" / name)
-    V.encode(str(root / "vae/vae.pt"), str(root / "pack/pack.npz"), str(root / "cache"), batch=1)
+    train.encode(str(root / "vae/vae.pt"), str(root / "pack"), str(root / "cache"), batch=1)
 
     sit = T.SiT(T.SiTConfig(2, 64, 1, 2, 4, 8, 10, (64,), 1, 16))
     args = argparse.Namespace(encoder_depth=1, path_type="linear", prediction="v")
-    (vae, _, disc), theirs = V.load_vae(str(root / "run")), {"ema": sit.state_dict(), "args": args, "steps": 3}
+    (vae, _, disc), theirs = S.load_vae(str(root / "run")), {"ema": sit.state_dict(), "args": args, "steps": 3}
     torch.save(theirs | {"model": sit.state_dict(), "vae": vae.state_dict(), "discriminator": disc},
                root / "joint/7.pt")
     torch.save(theirs, root / "sit/sit.pt")
     torch.save(theirs, root / "old/sit.pt", _use_new_zipfile_serialization=False)       # PyTorch's format until 2020
 
-    net, pictures = Net(), V.Packed(str(root / "pack/pack.npz"))
-    stats = E.collect(pictures, len(pictures), net, 4, "")
+    net, pictures = Net(), V.open_pack(root / "pack")
+    stats = E.feature_stats(pictures, len(pictures), net, 4, "")
     stats = {name: np.asarray(stats[name]) for name in ("n", "mu", "sigma", "mu_s", "sigma_s")}
-    images = pictures[range(len(pictures))][0]
-    V.write_npz(root / "reference/images.npz", (len(images), 16, 16, 3), images)
-    V.write_npz(root / "reference/both.npz", (len(images), 16, 16, 3), images, network="inception", **stats)
+    images = V.fetch(pictures, range(len(pictures)))[0].permute(0, 2, 3, 1).numpy()
+    np.savez(root / "reference/images.npz", arr_0=images)
+    np.savez(root / "reference/both.npz", arr_0=images, network="inception", **stats)
     np.savez(root / "reference/statistics.npz", mu=stats["mu"], sigma=stats["sigma"])
     torch.save(net.state_dict(), root / "inception/inception.pth")
     (root / "hub/checkpoints").mkdir()
     digest = hashlib.sha256((root / "inception/inception.pth").read_bytes()).hexdigest()
     shutil.copy(root / "inception/inception.pth", root / f"hub/checkpoints/pt_inception-{digest[:8]}.pth")
     with mock.patch.dict(os.environ, TORCH_HOME=str(root)):
-        R.trained_once("tiny-teacher", R.TinyTeacher, 0, V.Shapes(32).draw, lambda net: 0.5)
+        R.trained_once("tiny_teacher", R.TinyTeacher, 0, V.Shapes(32).draw, lambda net: 0.5)
     torch.save({**nn.Linear(64, 64).state_dict(), "pos_embed": torch.zeros(1, 5, 8)}, root / "hub/dinov2.pth")
     (root / "hub/hubconf.py").write_text(DINO)
 
 def everything(data):
     """A data set's images, labels and classes, or those of a cache with its latents."""
-    return data[range(len(data))], getattr(data, "classes", None)
+    return V.fetch(data, list(range(len(data)))), getattr(data, "classes", None)
 
 def packed_again(folder):
-    """vae.py pack: a counted skip is as good as a refusal, if all else is there."""
-    V.pack(str(folder), str(folder.parent / "again.npz"), 16)
-    data = V.Packed(str(folder.parent / "again.npz"))
-    skipped = data.held["unreadable"].tolist()
-    if skipped and len(data) + len(skipped) == len(V.Folder(folder, 16)):
+    """train.py pack: a counted skip is as good as a refusal, if all else is there."""
+    shutil.rmtree(folder.parent / "again", ignore_errors=True)
+    train.pack(str(folder), str(folder.parent / "again"), 16)
+    data = V.open_pack(folder.parent / "again")
+    files, rows = [file for file, _ in V.Folder(folder, 16).samples], set(data.rows.tolist())
+    skipped = [file for i, file in enumerate(files) if i not in rows]
+    if skipped and len(data) + len(skipped) == len(files):
         raise ValueError(f"skipped {' '.join(skipped)}")
     return everything(data)
 
 def cached(folder, encode):
-    vae, pack = (str(folder.parent / f"originals/{name}") for name in ("vae/vae.pt", "pack/pack.npz"))
+    vae, pack = (str(folder.parent / f"originals/{name}") for name in ("vae/vae.pt", "pack"))
     if encode:
-        V.encode(vae, pack, str(folder), batch=1)
-    return everything(V.Cached(V.open_images(pack), folder, V.load_vae(vae)[0]))
+        train.encode(vae, pack, str(folder), batch=1)
+    return everything(train.CachedLatents(V.open_images(pack), folder, S.load_vae(vae)[0]))
 
 
 def begun(folder):
@@ -168,8 +170,9 @@ def resumed_from_previous(folder):
     """A damaged state.pt beside a whole state.prev.pt ends no run: that goes on from the older."""
     try:
         return resumed(folder, 3)
-    except V.Unreadable as error:
-        assert not str(error).startswith(f"{folder / 'state.pt'} is damaged"), "state.prev.pt is whole"
+    except ValueError as error:
+        of_the_disk = isinstance(error.__cause__, OSError)
+        assert of_the_disk or str(folder / "state.pt") not in str(error), "state.prev.pt is whole"
         raise
 
 
@@ -182,7 +185,7 @@ def initialised(folder):
     return sit
 
 def played(path, vae=""):
-    model = S.load_model(path, vae=vae)
+    model = S.load_pipeline(path, vae=vae)
     return model.vae, model.sit, dataclasses.asdict(model.sit.cfg), model.classes, model.config, model.step
 
 def references(folder):
@@ -205,17 +208,17 @@ ORIGINAL = "originals/vae/vae.pt"
 READERS = {             # name: its folder, the files that are damaged, whether they carry checksums, how they are read
     "images": ("data", "*/*.*", False, lambda folder: everything(V.Folder(folder, 16))),
     "images, no classes": ("flat", "*.*", False, lambda folder: everything(V.open_images(str(folder)))),
-    "vae.py pack": ("data", "*/*.*", False, packed_again),
-    "packed images": ("pack", "*", True, lambda folder: everything(V.open_images(str(folder / "pack.npz")))),
-    "latents": ("cache", "*", True, lambda folder: cached(folder, False)),
-    "latents, encoded on": ("cache", "*", True, lambda folder: cached(folder, True)),
+    "train.py pack": ("data", "*/*.*", False, packed_again),
+    "packed images": ("pack", "*", False, lambda folder: everything(V.open_images(str(folder)))),
+    "latents": ("cache", "*", False, lambda folder: cached(folder, False)),
+    "latents, encoded on": ("cache", "*", False, lambda folder: cached(folder, True)),
     "VAE": ("vae", "vae.pt", True, begun),
     "statistics": ("vae", "*stats.pt", True, begun),
     "discriminator": ("vae", "*disc*.pt", True, begun),
-    "diffusers": ("diffusers", "*", False, lambda folder: V.load_vae(str(folder))),
+    "diffusers": ("diffusers", "*", False, lambda folder: S.load_vae(str(folder))),
     "snapshot": ("run", "*001.pt", True, lambda folder: played(folder)),
     # of load_vae's three values the discriminator is as it is in the file, and checked by the networks that load it
-    "snapshot's VAE": ("run", "*001.pt", True, lambda folder: V.load_vae(str(folder))[:2]),
+    "snapshot's VAE": ("run", "*001.pt", True, lambda folder: S.load_vae(str(folder))[:2]),
     "--init": ("run", "*001.pt", True, initialised),
     "resume": ("run", "state.pt", True, lambda folder: resumed(folder, 2)),
     "joint checkpoint": ("joint", "*", True, lambda folder: played(folder / "7.pt")),
@@ -361,7 +364,8 @@ def change_meaning(path, how, rng, marker):
         return path.write_bytes(pickle.dumps(evil))
     if path.suffix == ".json":
         tree = json.loads(raw)
-        tree[rng.choice(list(tree))] = other_json(how, rng)
+        keys = range(len(tree)) if isinstance(tree, list) else tree
+        tree[rng.choice(list(keys))] = other_json(how, rng)
         return path.write_text(json.dumps(tree if rng.random() < 0.8 else other_json(how, rng)))
     if path.suffix == ".safetensors":
         size = int.from_bytes(raw[:8], "little")
@@ -439,7 +443,7 @@ def judge(root, seed, case, good, loud=False):
         text, named = f"{type(error).__name__}: {error}", path.name in str(error) or str(folder) in str(error)
         big = isinstance(error, MemoryError) or "can't allocate" in text or "Unable to allocate" in text
         refused = isinstance(error, (ValueError, OSError)) and "\n" not in text and named
-        outcome = "big allocation" if big else "refused" if refused else "traceback"
+        outcome = "refused" if refused else "big allocation" if big else "traceback"
     signal.alarm(0)
     return path.name, "executed" if (root / "executed").exists() else outcome, text
 

@@ -331,7 +331,7 @@ def record_turns(run, what, images, count, ours, theirs):
 def sampling(run):
     ours = run.build(FULL, run.device, "0")
     sit, vae = ours.nets.sit.eval().requires_grad_(False), ours.nets.vae.eval()
-    sit.to(memory_format=torch.contiguous_format)       # as sample.load_model leaves it
+    sit.to(memory_format=torch.contiguous_format)       # as load_pipeline leaves it
     rows = 4 if run.small else 64
     y = torch.randint(0, 1000, (2 * rows,), device=run.device)
     t = torch.rand(2 * rows, device=run.device)
@@ -355,7 +355,7 @@ def sampling(run):
     run.record("noise", ms, f"ms, {rows} images")
     theirs = steps.Peer(run.peer, ours) if run.peer else None       # copies unrounded weights
     sit.projectors = torch.nn.ModuleList()
-    model = sample.Model(vae, sit, [], {}, 0)
+    model = sample.Pipeline(vae, sit, [], {}, 0)
     for name, images in (("eager", 1), ("compiled", 1000)):
         model.prepare(images)
         for n in (rows, 2 * rows):
@@ -451,7 +451,7 @@ def micro(run):
     shape = (2, 3, 32, 32) if run.small else (32, 3, 256, 256)
     x = torch.rand(shape, device=run.device).to(memory_format=torch.channels_last)
     rec = torch.rand_like(x).requires_grad_()
-    perceptual = steps.random_perceptual(False).to(run.device)
+    perceptual = steps.random_lpips(False).to(run.device)
     disc = Discriminator().to(run.device, memory_format=torch.channels_last).requires_grad_(False)
     perceptual.compile(dynamic=False)
     disc.compile(dynamic=False)

@@ -12,9 +12,9 @@ from torch import nn
 
 import train
 from repa import TEACHERS, DINOv2, TinyTeacher
-from sample import can_compile
+from sample import PUBLISHED, can_compile
 from sit import SiT, SiTConfig
-from vae import PUBLISHED, VAE, VAES, Discriminator, Perceptual
+from vae import LPIPS, VAE, VAES, Discriminator
 
 
 def random_teacher(cfg, grid):
@@ -35,10 +35,10 @@ def random_teacher(cfg, grid):
     net.register_buffer("std", torch.ones(3, 1, 1))
     return net.eval()
 
-def random_perceptual(legacy_range):
+def random_lpips(legacy_range):
     """LPIPS on a random VGG16."""
     import lpips
-    net = Perceptual.__new__(Perceptual)
+    net = LPIPS.__new__(LPIPS)
     nn.Module.__init__(net)
     net.net = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
     net.legacy_range = legacy_range
@@ -56,7 +56,7 @@ class Ours:
         side = cfg.resolution // vae_config.downsampling
         self.latent = vae_config.z_channels, side, side
         teacher = random_teacher(cfg, side // patch).requires_grad_(False)      # timm needs real numbers to build it
-        lpips = random_perceptual(cfg.lpips_legacy_range).requires_grad_(False) if cfg.lpips else None
+        lpips = random_lpips(cfg.lpips_legacy_range).requires_grad_(False) if cfg.lpips else None
         with fake or nullcontext():
             vae, disc = VAE(vae_config), Discriminator(cfg.disc_ch)
             sit = SiT(SiTConfig(depth, width, heads, patch, vae_config.z_channels, side, 1000,

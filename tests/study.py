@@ -65,7 +65,6 @@ def run(name, seed, out, steps, first, every, count):
 
     import evaluate
     torch.set_num_threads(1)
-    device = torch.device("cpu")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     log = {line["step"]: line for line in log if "step" in line}
     rows, files = [], sorted(folder.glob("step_???????.pt"))
@@ -74,13 +73,12 @@ def run(name, seed, out, steps, first, every, count):
             report.unlink()                             # of an evaluation that was killed
     with open(folder / "log.txt", "a") as screen, redirect_stdout(screen), redirect_stderr(screen):
         if name not in FIRST:
-            evaluate.gen(evaluate.Options("gen", str(folder), ref="tiny", curve=True, count=count, steps=25), device)
-            guided = evaluate.Options("gen", str(folder), ref="tiny", count=count, steps=25, guidance="2")
-            evaluate.gen(guided, device)                # of the last checkpoint
+            how = dict(ref="tiny", count=count, steps=25)
+            evaluate.gen(str(folder), curve=True, **how)
+            evaluate.gen(str(folder), guidance="2", **how)          # of the last snapshot
         for file in files:
             for command in ["recon"] if name in FIRST else ["recon", "align"]:
-                options = evaluate.Options(command, str(file), "tiny", count=min(count, 500))
-                getattr(evaluate, command)(options, device)
+                evaluate.COMMANDS[command](str(file), "tiny", count=min(count, 500))
     for file in files:
         step = int(file.stem[5:])
         row = {"step": step, "cosine": -log[step]["align_sit"] if "align_sit" in log[step] else None}
@@ -191,13 +189,14 @@ def draw(results, out, figures):
 
 
 def pictures(out, figures, shown):
-    """Images with their latents' principal components as colours, before and after; samples of the same seeds."""
+    """Images with their latents' principal components as colors, before and after; samples of the same seeds."""
     import torch
     from PIL import Image, ImageDraw
+    from torchvision.utils import make_grid
 
-    from evaluate import HELD_OUT
-    from sample import load_model
-    from vae import Shapes, grid, load_vae, principal_colours, to_float
+    from evaluate import HELD_OUT, principal_colors
+    from sample import load_pipeline, load_vae
+    from vae import Shapes, fetch, to_float
 
     def labelled(rows, path, scale=2):
         """rows: {title: uint8 [3, h, w]}, under each other with their titles on the left."""
@@ -212,18 +211,18 @@ def pictures(out, figures, shown):
             y += tile.height + gap
         sheet.save(path)
 
-    images, _ = Shapes(32, 10_000, HELD_OUT)[range(12)]
-    rows = {"images": grid(images, 12)}
+    images, _ = fetch(Shapes(32, 10_000, HELD_OUT), range(12))
+    rows = {"images": make_grid(images, 12, 0)}
     for name, title in (("vae", "latents before (first stage)"), ("repa-e", "latents after REPA-E"),
                         ("naive", "latents after naive training")):
         if (Path(out) / f"{name}-0" / "evaluated.json").exists():
             vae = load_vae(str(Path(out) / f"{name}-0"))[0].eval()
             with torch.no_grad():
                 z = vae.encode(to_float(images))[0]
-            rows[title] = grid(principal_colours(z, 32), 12)
+            rows[title] = make_grid(principal_colors(z, 32), 12, 0)
     labelled(rows, Path(figures) / "study-latents.png")
     labels = [label for label in range(10) for _ in range(2)]
-    labelled({VARIANTS[name][0]: grid(load_model(Path(out) / f"{name}-0")(labels, 50, "ab2", 2.0), 20)
+    labelled({VARIANTS[name][0]: make_grid(load_pipeline(Path(out) / f"{name}-0")(labels, 50, "ab2", 2.0), 20, 0)
               for name in shown if (Path(out) / f"{name}-0" / "evaluated.json").exists()},
              Path(figures) / "study-samples.png", 1)
 

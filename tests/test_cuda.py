@@ -143,7 +143,7 @@ def test_a_vae_is_evaluated_in_float32(tmp_path, monkeypatch):
     """recon and align encode and decode outside of autocast; SiT and the teacher run under it."""
     run(config(tmp_path / "run", "--steps=2", "--save_every=2"))
     monkeypatch.setattr(ev, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
-    monkeypatch.setattr(ev, "load_judge", lambda resolution: ev.Judge().eval())
+    monkeypatch.setattr(ev, "load_tiny_classifier", lambda resolution: ev.TinyClassifier().eval())
     seen = []
 
     def recording(module, name):
@@ -156,8 +156,8 @@ def test_a_vae_is_evaluated_in_float32(tmp_path, monkeypatch):
     for module, name in ((V.VAE, "encode"), (V.VAE, "decode"), (SiT, "forward"),
                          (repa.TinyTeacher, "features")):
         recording(module, name)
-    for command, call in (("recon", ev.recon), ("align", ev.align)):
-        call(ev.Options(command, str(tmp_path / "run"), "tiny", count=20), CPU)
+    for call in (ev.recon, ev.align):
+        call(str(tmp_path / "run"), "tiny", count=20)
     assert set(seen) == {("VAE", False), ("SiT", True), ("TinyTeacher", True)}
 
 
@@ -165,7 +165,7 @@ def test_images_are_decoded_a_few_at_a_time(monkeypatch):
     """40 images at once are decoded 16 at a time, and are the images of one call."""
     torch.manual_seed(0)
     sit = SiT(SiTConfig(1, 32, 2, size=8, num_classes=10, teacher_dims=()))
-    model = sample.Model(V.VAE(NARROW), sit, list("abcdefghij"), {}, 0)
+    model = sample.Pipeline(V.VAE(NARROW), sit, list("abcdefghij"), {}, 0)
     seen, decode = [], V.VAE.decode
 
     def recording(vae, z):
@@ -218,7 +218,7 @@ def test_processes_wait_an_hour_for_each_other(monkeypatch):
     monkeypatch.setattr(train.dist, "new_group", lambda **more: given.update(side=more["timeout"]))
     monkeypatch.setattr(train.signal, "signal", lambda *args: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    sample.start()
+    sample.init_distributed()
     train.PoliteStop(2)
     assert given["timeout"] == given["side"] == timedelta(hours=1)
 
@@ -243,7 +243,7 @@ def test_cudnn_tries_its_kernels(monkeypatch, tmp_path, deterministic):
 
 
 def test_latents_are_cached_in_float32(monkeypatch, tmp_path):
-    """vae.py encode switches TF32 off, whatever start() chose."""
+    """train.py encode switches TF32 off, whatever start() chose."""
     run(config(tmp_path / "vae", "--method=vae", "--steps=1"))
     seen, encode = [], V.VAE.encode
     chosen = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -256,7 +256,7 @@ def test_latents_are_cached_in_float32(monkeypatch, tmp_path):
     monkeypatch.setattr(V.VAE, "encode", recording)
     try:
         torch.set_float32_matmul_precision("high")
-        V.encode(str(tmp_path / "vae"), "tiny", str(tmp_path / "cache"))
+        train.encode(str(tmp_path / "vae"), "tiny", str(tmp_path / "cache"))
     finally:
         torch.set_float32_matmul_precision(chosen[0])
         torch.backends.cudnn.allow_tf32 = chosen[1]

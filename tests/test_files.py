@@ -1,4 +1,5 @@
-"""Files in and out of vae.py: diffusers and the authors as references, packs and caches killed in the middle.
+"""Files in and out: diffusers and the authors as references; packs and caches that are killed in
+the middle, belong to other data, are damaged, or find no room.
 
     python -m pytest tests/test_files.py
 """
@@ -6,14 +7,14 @@ import copy
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluate
+import sample as S
+import train as T
 import vae as V
 
 HERE = Path(V.__file__).resolve().parent
@@ -38,34 +42,80 @@ def small_vae(seed=0, cfg=SMALL):
 
 
 def one_line(error, *words):
-    assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
+    said = str(error.value)
+    assert "\n" not in said and all(str(word) in said for word in words), said
 
 
-def command(*words, ranks=0):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *torchrun, str(HERE / "vae.py"), *map(str, words)], {**os.environ, "OMP_NUM_THREADS": "1"}
+def equal(a, b):
+    """Two dicts of tensors: the same names, types and bits."""
+    return a.keys() == b.keys() and all(
+        value.dtype == b[key].dtype and torch.equal(value, b[key]) for key, value in a.items())
 
 
-def run(*words, ranks=0):
-    line, env = command(*words, ranks=ranks)
-    return subprocess.run(line, env=env, capture_output=True, text=True, timeout=200)
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusers.
+def start(*words, script="train.py", ranks=0):
+    """A script in a process of its own, on one thread; by torchrun, if there are ranks."""
+    line = [sys.executable]
+    if ranks:
+        line += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    line += [str(HERE / script), *map(str, words)]
+    return subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(*words, script="train.py", ranks=0):
+    """-> exit code, what it printed."""
+    process = start(*words, script=script, ranks=ranks)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out + err
+
+
+def killed(process, halfway):
+    """Ends it by SIGKILL as soon as halfway() is true; until then files may be half written."""
+    while True:
+        assert process.poll() is None, process.communicate()
+        try:
+            if halfway():
+                break
+        except (OSError, ValueError, EOFError):
+            pass
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """A script's main on these words, here -> exit code, what it printed."""
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as end:
+            code = end.code
+        return code, "".join(capsys.readouterr())
+    return call
+
+
+# ---- diffusers, the authors, and back -------------------------------------------
 
 DOWN, UP = ("DownEncoderBlock2D",), ("UpDecoderBlock2D",)
 PUBLISHED = {   # the architecture and factors of each published family, at a small width
     "SD": dict(latent_channels=4, scaling_factor=0.18215),
     "SDXL": dict(latent_channels=4, scaling_factor=0.13025, sample_size=1024),
-    "SD3": dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
-                use_post_quant_conv=False),
-    "FLUX": dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
-                 use_post_quant_conv=False),
+    "SD3": dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+                use_quant_conv=False, use_post_quant_conv=False),
+    "FLUX": dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
+                 use_quant_conv=False, use_post_quant_conv=False),
     "e2e-vavae": dict(latent_channels=32, block_out_channels=(32, 32, 64, 64, 128),
                       down_block_types=DOWN * 4 + ("AttnDownEncoderBlock2D",),
                       up_block_types=("AttnUpDecoderBlock2D",) + UP * 4,
-                      latents_mean=[i / 10 for i in range(32)], latents_std=[1 + i / 10 for i in range(32)])}
+                      latents_mean=[i / 10 for i in range(32)],
+                      latents_std=[1 + i / 10 for i in range(32)])}
 
 
 def diffusers_vae(name):
@@ -77,9 +127,11 @@ def diffusers_vae(name):
 
 @torch.no_grad()
 def same(theirs, ours):
-    """Moments (which are float32 in any case) and reconstructions agree in float64, relative to their largest value."""
+    """Moments (which are float32 in any case) and reconstructions agree in float64, relative to
+    their largest value."""
     theirs, ours = (copy.deepcopy(net).double().eval() for net in (theirs, ours))
-    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(2, 3, 64, 64, generator=generator).double() * 2 - 1
     posterior, (mean, logvar) = theirs.encode(x).latent_dist, ours.encode(x)
     rec = theirs.decode(posterior.mean).sample
     for a, b, limit in ((mean, posterior.mean, 1e-6), (logvar, posterior.logvar, 1e-6),
@@ -89,25 +141,30 @@ def same(theirs, ours):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_diffusers_folders_load(tmp_path, name):
-    """Every family's AutoencoderKL computes the same here, and its factors become the latents' statistics."""
+    """Every family's AutoencoderKL computes the same here, and its factors become the latents'
+    statistics."""
     theirs = diffusers_vae(name)
     theirs.save_pretrained(tmp_path)
-    ours, (mean, var), disc = V.load_vae(str(tmp_path))
+    ours, (mean, var), disc = S.load_vae(str(tmp_path))
     same(theirs, ours)
     config, z = theirs.config, torch.randn(1, len(mean), 2, 2)
     if config.latents_std:
-        zn = (z - torch.tensor(config.latents_mean)[:, None, None]) / torch.tensor(config.latents_std)[:, None, None]
+        shift, std = torch.tensor([config.latents_mean, config.latents_std])[..., None, None]
+        zn = (z - shift) / std
     else:
         zn = (z - (config.shift_factor or 0)) * config.scaling_factor
-    assert torch.allclose((z - mean[:, None, None]) * var.rsqrt()[:, None, None], zn, rtol=1e-5, atol=1e-6)
+    own = (z - mean[:, None, None]) * var.rsqrt()[:, None, None]
+    assert torch.allclose(own, zn, rtol=1e-5, atol=1e-6)
     assert disc is None
 
 
 def test_other_forms_of_a_diffusers_vae(tmp_path):
-    """.bin, a file alone (no config: no statistics), and the attention's names of 2022 and 2023 give the same VAE."""
+    """.bin, a file alone (no config: no statistics), and the attention's names of 2022 and 2023
+    give the same VAE."""
     theirs = diffusers_vae("SD")
     theirs.save_pretrained(tmp_path)
-    state, reference = load_file(tmp_path / "diffusion_pytorch_model.safetensors"), V.load_vae(str(tmp_path))[0]
+    state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    reference = S.load_vae(str(tmp_path))[0].state_dict()
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for now, then in old.items():
         state = {key.replace(f".{now}.", f".{then}."): value for key, value in state.items()}
@@ -118,36 +175,37 @@ def test_other_forms_of_a_diffusers_vae(tmp_path):
     torch.save(load_file(tmp_path / "diffusion_pytorch_model.safetensors"),
                tmp_path / "bin/diffusion_pytorch_model.bin")
     save_file(state, tmp_path / "old/diffusion_pytorch_model.safetensors", {"format": "pt"})
-    shutil.copy(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "alone/any.safetensors")
+    shutil.copy(tmp_path / "diffusion_pytorch_model.safetensors",
+                tmp_path / "alone/any.safetensors")
     (tmp_path / "alone/config.json").unlink()
     for path, stats in (("bin", True), ("old", True), ("alone/any.safetensors", False)):
-        vae, found, _ = V.load_vae(str(tmp_path / path))
-        assert all(torch.equal(value, reference.state_dict()[key]) for key, value in vae.state_dict().items())
+        vae, found, _ = S.load_vae(str(tmp_path / path))
+        assert equal(vae.state_dict(), reference)
         assert (found is not None) == stats
 
 
 @pytest.mark.parametrize("cfg", [SMALL, V.VAEConfig(8, 32, (1, 1, 2), 2, attn_last=True),
                                  V.VAEConfig(16, 32, (1, 2, 2, 2), 2, quant_conv=False)])
-def test_export_and_back(tmp_path, cfg):
-    """Ours -> diffusers -> ours and ours -> the authors' files -> ours: weights bit by bit, statistics within 1e-6;
-    diffusers' own class decodes the same image."""
+def test_export_and_back(tmp_path, cfg, cli):
+    """Ours -> diffusers -> ours and ours -> the authors' files -> ours: weights bit by bit,
+    statistics within 1e-6; diffusers' own class decodes the same image."""
     vae = small_vae(cfg=cfg)
     mean, var = torch.randn(cfg.z_channels), torch.rand(cfg.z_channels) * 20 + 0.1
     disc = V.Discriminator(8).state_dict()
-    torch.save({"vae": vae.state_dict(), "vae_config": {**cfg.__dict__, "ch_mult": list(cfg.ch_mult)},
-                "ema": {"bn.running_mean": mean, "bn.running_var": var}, "discriminator": disc},
-               tmp_path / "step_0000001.pt")
+    content = {"vae": vae.state_dict(), "vae_config": asdict(cfg), "discriminator": disc,
+               "ema": {"bn.running_mean": mean, "bn.running_var": var}}
+    torch.save(content, tmp_path / "step_0000001.pt")
     out = tmp_path / "mine"
-    result = run("export", tmp_path, out)
-    assert result.returncode == 0 and "mine" in result.stdout, result.stderr
+    code, said = cli(S, "export", tmp_path, f"--to={out}")
+    assert code == 0 and "mine*.pt" in said, said
     theirs = AutoencoderKL.from_pretrained(out).eval()
     same(theirs, vae)
-    for path, discs in ((out, None), (out / "mine.pt", disc)):
-        back, stats, found = V.load_vae(str(path))
-        assert back.cfg == cfg
-        assert all(torch.equal(value, vae.state_dict()[key]) for key, value in back.state_dict().items())
-        assert torch.allclose(stats[0], mean, rtol=1e-6) and torch.allclose(stats[1], var, rtol=1e-6)
-        assert (found is None) == (discs is None) and all(torch.equal(found[key], disc[key]) for key in discs or ())
+    for path, expected in ((out, None), (out / "mine.pt", disc)):
+        back, stats, found = S.load_vae(str(path))
+        assert back.cfg == cfg and equal(back.state_dict(), vae.state_dict())
+        assert torch.allclose(stats[0], mean, rtol=1e-6)
+        assert torch.allclose(stats[1], var, rtol=1e-6)
+        assert equal(found, expected) if expected else found is None
 
 
 def test_export_of_a_run_without_snapshots(tmp_path):
@@ -161,62 +219,112 @@ def test_export_of_a_run_without_snapshots(tmp_path):
                 "ema": {"bn.running_mean": mean, "bn.running_var": var}}
         resuming = {"model": {}, "skipped": torch.zeros(2), "opt": {}, "opt_vae": {"state": {}}}
         torch.save(file | resuming, tmp_path / name)
-        V.export(str(tmp_path), str(out))
-        back, stats, disc = V.load_vae(str(out / "mine.pt"))
-        own = vae.state_dict()
-        assert all(torch.equal(value, own[key]) for key, value in back.state_dict().items())
+        S.export(str(tmp_path), to=str(out))
+        back, stats, disc = S.load_vae(str(out / "mine.pt"))
+        assert equal(back.state_dict(), vae.state_dict())
         assert torch.allclose(stats[0], mean, rtol=1e-6)
         assert torch.allclose(stats[1], var, rtol=1e-6) and disc is None
 
 
-def test_what_cannot_be_exported(tmp_path):
-    """Published formats have no VAE with patches: one line, and nothing is written."""
-    tiny = V.VAES["tiny"]
-    torch.save({"vae": V.VAE(tiny).state_dict(), "vae_config": {**tiny.__dict__, "ch_mult": [1]}}, tmp_path / "t.pt")
-    result = run("export", tmp_path / "t.pt", tmp_path / "out")
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "patch" in result.stderr
+def test_export_without_statistics(tmp_path, capsys):
+    """A VAE alone has none: both forms load, and the command says so."""
+    torch.save(small_vae().state_dict(), tmp_path / "vae.pt")
+    S.export(str(tmp_path / "vae.pt"), to=str(tmp_path / "mine"))
+    assert "without latents' statistics" in capsys.readouterr().out
+    assert S.load_vae(str(tmp_path / "mine/mine.pt"))[1] is None
+    assert equal(S.load_vae(str(tmp_path / "mine"))[0].state_dict(), small_vae().state_dict())
+
+
+def test_export_over_the_files_it_reads(tmp_path):
+    """The loaded weights may be mapped from the very files that are written: they stay whole (and
+    no bus error ends the process, so it is one of its own)."""
+    vae, disc = small_vae(), V.Discriminator(8).state_dict()
+    torch.save(vae.state_dict(), tmp_path / "vae.pt")
+    torch.save(disc, tmp_path / "vae-discriminator-ckpt.pt")
+    saved = {"latents_scale": torch.full((1, 4, 1, 1), 0.5), "latents_bias": torch.ones(1, 4, 1, 1)}
+    torch.save(saved, tmp_path / "vae-latents-stats.pt")
+    shutil.copytree(tmp_path, tmp_path / "vae")
+    words = "export", tmp_path / "vae/vae.pt", f"--to={tmp_path}/vae"
+    code, said = run(*words, script="sample.py")
+    assert code == 0, said
+    back, (mean, var), found = S.load_vae(str(tmp_path / "vae/vae.pt"))
+    assert equal(back.state_dict(), vae.state_dict()) and equal(found, disc)
+    assert torch.equal(mean, torch.ones(4)) and torch.allclose(var, torch.full((4,), 4.0))
+
+
+@pytest.mark.parametrize("cfg", [V.VAES["tiny"], replace(SMALL, sigma=0.1)])
+def test_what_cannot_be_exported(tmp_path, cfg):
+    """Published formats have no VAE with patches or a fixed sigma: refused, nothing is written."""
+    torch.save({"vae": V.VAE(cfg).state_dict(), "vae_config": asdict(cfg)}, tmp_path / "t.pt")
+    with pytest.raises(ValueError) as caught:
+        S.export(str(tmp_path / "t.pt"), to=str(tmp_path / "out"))
+    one_line(caught, tmp_path / "t.pt", "patch, sigma")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_authors_joint_checkpoint(tmp_path):
-    """Their folder (args.json, checkpoints/0400000.pt with a Namespace inside) gives the VAE, bn's statistics and D."""
+    """Their folder (args.json, checkpoints/0400000.pt with a Namespace inside) gives the VAE, bn's
+    statistics and D."""
     vae, (mean, var) = small_vae(), torch.rand(2, 4)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "args.json").write_text("{}")
-    torch.save({"model": {}, "ema": {"bn.running_mean": mean, "bn.running_var": var}, "vae": vae.state_dict(),
-                "discriminator": {"main.0.weight": mean}, "opt": {}, "args": Namespace(model="SiT-XL/2"), "steps": 4},
-               tmp_path / "checkpoints/0400000.pt")
-    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/0400000.pt"):
-        loaded, stats, disc = V.load_vae(str(path))
-        assert loaded.cfg == SMALL and torch.equal(stats[0], mean) and torch.equal(stats[1], var)
-        assert torch.equal(loaded.decoder.conv_in.weight, vae.decoder.conv_in.weight) and "main.0.weight" in disc
+    content = {"model": {}, "ema": {"bn.running_mean": mean, "bn.running_var": var},
+               "vae": vae.state_dict(), "discriminator": {"main.0.weight": mean}, "opt": {},
+               "args": Namespace(model="SiT-XL/2"), "steps": 4}
+    file = tmp_path / "checkpoints/0400000.pt"
+    torch.save(content, file)
+    for path in (tmp_path, tmp_path / "checkpoints", file):
+        loaded, stats, disc = S.load_vae(str(path))
+        assert loaded.cfg == SMALL and equal(loaded.state_dict(), vae.state_dict())
+        assert torch.equal(stats[0], mean) and torch.equal(stats[1], var)
+        assert torch.equal(disc["main.0.weight"], mean)
+
+
+def test_groups_come_from_the_config(tmp_path):
+    """Shapes don't show the groups of a GroupNorm: only ours and diffusers' files carry others
+    than 32."""
+    theirs = AutoencoderKL(block_out_channels=(32, 64), down_block_types=DOWN * 2,
+                           up_block_types=UP * 2, norm_num_groups=8).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = S.load_vae(str(tmp_path))[0]
+    assert ours.cfg.groups == 8
+    same(theirs, ours)
+
+
+def test_safetensors(tmp_path):
+    """What is written here the package reads, and the reverse, every type that it is read in."""
+    state, path = small_vae().state_dict(), tmp_path / "x.safetensors"
+    S.write_safetensors(path, state)
+    assert equal(load_file(path), state) and equal(S.read_safetensors(path), state)
+    kinds = {name: torch.arange(-3, 3).view(2, 3).to(kind)
+             for name, kind in S.SAFETENSORS.items()} | {"scalar": torch.tensor(3.0)}
+    save_file(kinds, path, {"format": "pt"})
+    assert equal(S.read_safetensors(path), kinds)
 
 
 def test_bad_safetensors(tmp_path):
-    """Truncated, foreign or lying files are one line that names the file; a header's claim allocates nothing."""
-    state = small_vae().state_dict()
+    """Truncated, foreign or lying files are one line that names the file; a header's claim
+    allocates nothing."""
     path = tmp_path / "diffusion_pytorch_model.safetensors"
-    V.write_safetensors(path, state)
-    assert all(torch.equal(value, state[key]) for key, value in load_file(path).items())        # the package reads it
-    assert all(torch.equal(value, state[key]) for key, value in V.read_safetensors(path).items())
+    S.write_safetensors(path, small_vae().state_dict())
     raw = path.read_bytes()
-    lie = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    for content in (b"", b"\xff" * 8 + b"{}", raw[:-4], raw[:100], b"\x02\0\0\0\0\0\0\0[]", raw.replace(b"F32", b"I13"),
+    lie = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    lie = json.dumps(lie).encode()
+    for content in (b"", b"\xff" * 8 + b"{}", raw[:-4], raw[:100], b"\x02\0\0\0\0\0\0\0[]",
+                    raw.replace(b"F32", b"I13"),
                     len(lie).to_bytes(8, "little") + lie + b"\0" * 16):
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            V.load_vae(str(path))
+            S.load_vae(str(path))
         one_line(caught, path)
-    (tmp_path / "config.json").write_text("{")
     diffusers_vae("SD").save_pretrained(tmp_path / "sd")
     (tmp_path / "sd/config.json").write_text("{")
     with pytest.raises(ValueError) as caught:
-        V.load_vae(str(tmp_path / "sd"))
-    one_line(caught, "config.json")
+        S.load_vae(str(tmp_path / "sd"))
+    one_line(caught, tmp_path / "sd/config.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed images.
+# ---- Packed images --------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
@@ -227,7 +335,7 @@ def tree(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         size = tuple(rng.integers(20, 90, 2).tolist())
         mode = ("RGB", "L", "RGBA", "CMYK")[i % 4]
-        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).resize((size[1], size[0]))
+        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         picture.convert(mode).save(folder / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}")
     shutil.copytree(root / "good", root / "bad")
     for name in ("cat/0.png", "owl/2.png"):
@@ -236,80 +344,126 @@ def tree(tmp_path_factory):
 
 
 def test_pack_equals_folder(tree, tmp_path):
-    """Batch for batch: images, labels, classes; unreadable images are named, counted and left out."""
-    result = run("pack", tree / "good", tmp_path / "good.npz", "--resolution=32")
-    assert result.returncode == 0 and "90 images, 0 unreadable" in result.stdout, result.stderr
-    folder, packed = V.open_images(str(tree / "good"), 32), V.open_images(str(tmp_path / "good.npz"), 32)
-    assert packed.classes == folder.classes == ["cat", "dog", "owl"] and len(packed) == len(folder) == 90
+    """Batch for batch: images, labels, classes, and the fingerprint, so that a run or a cache of
+    the folder goes on with the pack. A process gets no copy of the images."""
+    T.pack(str(tree / "good"), str(tmp_path / "pack"), 32)
+    folder, pack = V.open_images(str(tree / "good"), 32), V.open_images(str(tmp_path / "pack"), 32)
+    assert pack.classes == folder.classes == ["cat", "dog", "owl"]
+    assert len(pack) == len(folder) == 90 and pack.resolution == 32
     for rows in ([0], [89, 3, 3, 41], range(20)):
-        for a, b in zip(packed[rows], folder[rows]):
+        for a, b in zip(V.fetch(pack, rows), V.fetch(folder, rows), strict=True):
             assert torch.equal(a, b)
-    result = run("pack", tree / "bad", tmp_path / "bad.npz", "--resolution=32")
-    assert "88 images, 2 unreadable" in result.stdout and "cat/0.png" in result.stdout and result.returncode == 0
-    few = V.Packed(str(tmp_path / "bad.npz"))
-    assert [name.split("/")[-1] for name in few.held["unreadable"]] == ["0.png", "2.png"]
-    kept = [i for i, name in enumerate(folder.files) if not name.endswith(("/0.png", "/2.png"))]
-    for a, b in zip(few[range(88)], folder[kept]):
+    assert V.fingerprint(pack) == V.fingerprint(folder)
+    assert V.fingerprint(pack) != V.fingerprint(V.open_images(str(tree / "good"), 64))
+    assert len(pickle.dumps(pack)) < 90 * 32 * 32
+    with pytest.raises(ValueError, match="32 px, expected 64"):
+        V.open_images(str(tmp_path / "pack"), 64)
+
+
+def test_unreadable_images(tree, tmp_path, cli):
+    """They are named, counted and left out; all others are there, with their labels."""
+    code, said = cli(T, "pack", tree / "bad", tmp_path / "pack", "--resolution=32")
+    assert code == 0 and "88 images, 2 unreadable" in said, said
+    assert str(tree / "bad/cat/0.png") in said and str(tree / "bad/owl/2.png") in said
+    assert said.count("cannot read") == 2
+    folder, pack = V.Folder(tree / "good", 32), V.open_images(str(tmp_path / "pack"))
+    kept = [i for i, (name, _) in enumerate(folder.samples)
+            if not name.endswith(("cat/0.png", "owl/2.png"))]
+    assert len(pack) == 88 == len(kept) and pack.classes == folder.classes
+    for a, b in zip(V.fetch(pack, range(88)), V.fetch(folder, kept)):
         assert torch.equal(a, b)
-    with np.load(tmp_path / "good.npz") as file:            # any reader of ADM's layout reads it
-        assert np.array_equal(file["arr_0"], folder[range(90)][0].permute(0, 2, 3, 1))
+    assert torch.equal(pack.labels, folder.labels[kept])
+    assert torch.equal(pack[87][0], folder[89][0])
+
+
+def test_pack_at_the_folders_own_resolution(tree, tmp_path):
+    """--resolution=0 is what a folder takes it for: 256, or without classes its first image's."""
+    T.pack(str(tree / "good/cat"), str(tmp_path / "pack"), 0)
+    pack, folder = V.open_images(str(tmp_path / "pack")), V.Folder(tree / "good/cat")
+    assert len(pack) == 30 and pack.resolution == folder.resolution
+    assert torch.equal(pack[7][0], folder[7][0])
 
 
 def test_pack_killed(tree, tmp_path):
-    """Killed in the middle nothing has the name of a whole file; the same command then writes the same bytes."""
-    run("pack", tree / "good", tmp_path / "whole.npz", "--resolution=64")
-    many = tmp_path / "many"
+    """Killed in the middle it is no pack yet; the same command then writes the files that it writes
+    undisturbed, and does not write over a whole pack."""
+    many, out = tmp_path / "many", tmp_path / "killed"
     for i in range(12):
-        shutil.copytree(tree / "good/cat", many / f"class-{i}")
-    line, env = command("pack", many, tmp_path / "killed.npz", "--resolution=256")
-    process = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed.npz.tmp").exists() or (tmp_path / "killed.npz.tmp").stat().st_size < 10**6:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed.npz").exists()
-    for name in ("killed", "other"):
-        assert run("pack", many, tmp_path / f"{name}.npz", "--resolution=256").returncode == 0
-    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
+        shutil.copytree(tree / "good/cat", many / f"class-{i:02d}")
+
+    def halfway():
+        return np.load(out / "images.npy", mmap_mode="r")[10].any()
+    killed(start("pack", many, out, "--resolution=256"), halfway)
+    assert not np.load(out / "images.npy", mmap_mode="r")[-1].any()
+    with pytest.raises(ValueError) as caught:
+        V.open_images(str(out), 256)
+    one_line(caught, out, "pack the folder again")
+    for folder in (out, tmp_path / "other"):
+        T.pack(str(many), str(folder))
+    assert bytes_of(out) == bytes_of(tmp_path / "other")
+    assert bytes_of(out).keys() == {"images.npy", "labels.npy", "classes.json"}
+    with pytest.raises(ValueError) as caught:
+        T.pack(str(many), str(out))
+    one_line(caught, out, "is a pack already")
 
 
 def test_bad_packs(tree, tmp_path):
-    """A changed pixel is noticed when it is read; a file that is no pack, in one line when it is opened."""
-    path = tmp_path / "pack.npz"
-    V.pack(str(tree / "good"), str(path), 32)
-    raw, packed = path.read_bytes(), V.Packed(str(path))
-    path.write_bytes(raw[: packed.offset + 5 * 32 * 32 * 3 + 7] + b"\x5a" + raw[packed.offset + 5 * 32 * 32 * 3 + 8 :])
-    packed = V.Packed(str(path))
-    packed[[4, 6]]
-    with pytest.raises(ValueError) as caught:
-        packed[[4, 5]]
-    one_line(caught, path, "image 5", "checksum")
-    x = np.zeros((3, 8, 8, 3), np.uint8)
+    """A missing, cut or foreign file in a pack is one line when it is opened."""
+    T.pack(str(tree / "good"), str(tmp_path / "pack"), 32)
+    for name in ("images.npy", "labels.npy", "classes.json"):
+        raw = (tmp_path / "pack" / name).read_bytes()
+        for content in (b"", raw[: len(raw) // 2], b"<html>" * 99, None):
+            folder = tmp_path / "bad"
+            shutil.copytree(tmp_path / "pack", folder)
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content)
+            with pytest.raises(ValueError) as caught:
+                V.open_images(str(folder), 32)
+            one_line(caught, folder)
+            shutil.rmtree(folder)
+
+
+def test_npz(tmp_path):
+    """ADM's layout from any writer: compressed or not, with or without labels and names."""
+    path = tmp_path / "x.npz"
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    labels = np.array([2, 0, 1, 1, 2])
+    for writer, more, classes in ((np.savez, {}, ["0"]),
+                                  (np.savez, dict(arr_1=labels), ["0", "1", "2"]),
+                                  (np.savez_compressed, dict(arr_1=labels, classes=["a", "b", "c"]),
+                                   ["a", "b", "c"])):
+        writer(path, arr_0=x, **more)
+        data = V.open_images(str(path), 8)
+        assert data.classes == classes and len(data) == 5
+        images, found = V.fetch(data, range(5))
+        assert np.array_equal(images.permute(0, 2, 3, 1), x)
+        assert found.tolist() == (labels.tolist() if more else [0] * 5)
+
+
+def test_bad_npz(tmp_path):
+    """What holds no images of that kind, or is cut, is one line that names the file."""
+    path, x = tmp_path / "x.npz", np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(path, arr_0=x)
+    raw = path.read_bytes()
     with pytest.raises(ValueError, match="8 px, expected 32"):
-        np.savez(path, x)
         V.open_images(str(path), 32)
-    for arrays, word in ((dict(arr_0=x, arr_1=np.zeros(2, int)), "3 images"), (dict(arr_0=x / 2), "expected uint8"),
-                         (dict(arr_0=x[:, :4]), "expected uint8"),
-                         (dict(arr_0=x, arr_1=[0, 1, 9], classes=["a", "b"]), "2 classes"),
-                         (dict(arr_0=x, arr_1=[-2, 0, 0]), "arr_1")):
+    for arrays in (dict(arr_0=x / 2), dict(arr_0=x[0]), dict(arr_0=x[..., :1]), dict(other=x)):
         np.savez(path, **arrays)
         with pytest.raises(ValueError) as caught:
-            V.Packed(str(path))
-        one_line(caught, path, word)
-    np.savez_compressed(path, x)
-    with pytest.raises(ValueError) as caught:
-        V.Packed(str(path))
-    one_line(caught, path, "compressed")
+            V.open_images(str(path))
+        one_line(caught, path, "ADM's layout")
     for content in (b"", b"PK", raw[: len(raw) // 2], b"<html>" * 99):
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            V.Packed(str(path))
+            V.open_images(str(path))
         one_line(caught, path)
+    with pytest.raises(ValueError, match="no file at .*absent.npz"):
+        V.open_images(str(tmp_path / "absent.npz"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache of latents.
+# ---- The cache of latents -------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def vae_file(tmp_path_factory):
@@ -318,172 +472,218 @@ def vae_file(tmp_path_factory):
     return path
 
 
-def cache_bytes(folder):
-    return {name: (folder / name).read_bytes() for name in ("latents.npy", "checksums.npy", "cache.json")}
+@pytest.fixture(scope="module")
+def cache(tree, vae_file, tmp_path_factory):
+    """The cache of the good images at 32 px, by this VAE."""
+    folder = tmp_path_factory.mktemp("cache") / "one"
+    T.encode(str(vae_file), str(tree / "good"), str(folder), 32, 16)
+    return folder
 
 
-def test_cache_equals_encoding(tree, vae_file, tmp_path):
-    """Two processes write what one writes; rows are the posterior's moments in float16; half a cache is not used."""
-    words = ("encode", vae_file, tree / "good", tmp_path / "two", "--resolution=32", "--batch=16")
-    assert run(*words[:3], tmp_path / "one", *words[4:]).returncode == 0
-    assert (done := run(*words, ranks=2)).returncode == 0, done.stderr
+def test_cache_equals_encoding(tree, cache, tmp_path):
+    """Rows are the images, labels and the posterior's moments in float16; a pack of the folder has
+    the same cache; a run without a teacher reads no image."""
     vae, data = small_vae(), V.Folder(tree / "good", 32)
-    shutil.copytree(tmp_path / "two", tmp_path / "half")
-    np.load(tmp_path / "half/checksums.npy", mmap_mode="r+")[:45] = 0
-    with pytest.raises(ValueError, match="not complete"):
-        V.Cached(data, tmp_path / "half", vae)
-    one, two = (V.Cached(data, tmp_path / name, vae) for name in ("one", "two"))
     rows = [7, 80, 7]
-    images, labels, moments = one[rows]
-    assert torch.equal(images, data[rows][0]) and torch.equal(labels, data[rows][1])
+    images, labels, moments = V.fetch(T.CachedLatents(data, cache, vae), rows)
+    assert torch.equal(images, V.fetch(data, rows)[0]) and torch.equal(labels, data.labels[rows])
     with torch.no_grad():
         mean, logvar = vae.encode(V.to_float(images))
     assert moments.dtype == torch.float16 and moments.shape == (3, 2, 4, 16, 16)
     assert torch.allclose(moments[:, 0].float(), mean, rtol=1e-3, atol=1e-4)
     assert torch.allclose(moments[:, 1].float(), (logvar / 2).exp(), rtol=1e-3, atol=1e-4)
-    assert torch.allclose(two[range(90)][2].float(), one[range(90)][2].float(), rtol=2e-3, atol=1e-4)   # other batches
-    images, labels, moments = V.Cached(data, tmp_path / "one", vae, images=False)[rows]
-    assert images.numel() == 0 and torch.equal(labels, data[rows][1]) and len(moments) == 3
+    T.pack(str(tree / "good"), str(tmp_path / "pack"), 32)
+    packed = T.CachedLatents(V.open_images(str(tmp_path / "pack")), cache, vae)
+    for a, b in zip(V.fetch(packed, rows), (images, labels, moments), strict=True):
+        assert torch.equal(a, b)
+    none, *others = V.fetch(T.CachedLatents(data, cache, vae, images=False), rows)
+    assert none.shape == (3, 3, 0, 0)
+    assert torch.equal(others[0], labels) and torch.equal(others[1], moments)
 
 
-def test_encode_on_two_ranks_fails_in_one_line(tree, vae_file, tmp_path):
-    """Whichever rank it is that finds something wrong says so, alone; random weights, which differ, are refused."""
-    packed = tmp_path / "pack.npz"
-    V.pack(str(tree / "good"), str(packed), 32)
-    raw, start = bytearray(packed.read_bytes()), V.Packed(str(packed)).offset
-    raw[start + 80 * 32 * 32 * 3] ^= 1                              # an image of the second rank's half
-    packed.write_bytes(raw)
-    for words, message in (((vae_file, packed), r"error \(process 1\): .*image 80 is damaged"),
-                           (("tiny", tree / "good"), "tiny has random weights.*: name a trained VAE")):
-        done = run("encode", *words, tmp_path / "cache", "--resolution=32", ranks=2)
-        said = re.findall(r"error(?: .process \d.)?: .*", done.stderr)          # maybe behind a progress bar
-        assert done.returncode and len(said) == 1 and re.search(message, said[0]), done.stderr
-    done = run("encode", "f8d4", tree / "good", tmp_path / "new")
-    assert done.returncode == 2 and "random weights" in done.stderr and not (tmp_path / "new").exists(), done.stderr
+def test_cache_of_two_processes(tree, vae_file, cache, tmp_path):
+    """Two processes write what one writes (in other batches, so within float16's rounding); half a
+    cache is not used."""
+    out = tmp_path / "two"
+    words = "encode", vae_file, tree / "good", out, "--resolution=32", "--batch=16"
+    code, said = run(*words, ranks=2)
+    assert code == 0, said
+    vae, data = small_vae(), V.Folder(tree / "good", 32)
+    one, two = (V.fetch(T.CachedLatents(data, folder, vae), range(90)) for folder in (cache, out))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert torch.allclose(two[2].float(), one[2].float(), rtol=2e-3, atol=1e-4)
+    np.load(out / "done.npy", mmap_mode="r+")[:45] = False
+    with pytest.raises(ValueError) as caught:
+        T.CachedLatents(data, out, vae)
+    one_line(caught, out, "not complete: run the same train.py encode again")
 
 
-def test_full_disk_while_encoding(tree, vae_file, tmp_path, monkeypatch):
-    """The cache's blocks are on the disk before anything is mapped, where a full disk would kill the process by a bus
-    error; one that has no room for them is one line."""
-    V.encode(str(vae_file), str(tree / "good"), str(tmp_path / "cache"), 32)
-    size, blocks = (tmp_path / "cache/latents.npy").stat().st_size, (tmp_path / "cache/latents.npy").stat().st_blocks
-    assert 512 * blocks >= size
-    V.shared_array(tmp_path / "empty.npy", "<f2", (1000, 1000))
-    assert 512 * (tmp_path / "empty.npy").stat().st_blocks >= 2 * 10**6          # not a hole
+def test_encode_on_two_processes_fails_in_one_line(tree, vae_file, tmp_path):
+    """The process that finds an unreadable image says so, alone, and names the file."""
+    shutil.copytree(tree / "good", tmp_path / "data")
+    broken = tmp_path / "data/owl/2.png"                        # of the second process's half
+    broken.write_bytes(b"no image")
+    code, said = run("encode", vae_file, tmp_path / "data", tmp_path / "cache", "--resolution=32",
+                     ranks=2)
+    lines = re.findall(r"error(?: .process \d.)?: .*", said)    # maybe behind a progress bar
+    assert code and len(lines) == 1, said
+    assert lines[0].startswith(f"error (process 1): cannot read {broken}"), said
+
+
+def test_random_weights_are_not_encoded(tree, tmp_path):
+    """A name of random weights gives others on each process and in each run: refused, and nothing
+    is written."""
+    for name in V.VAES:
+        with pytest.raises(ValueError) as caught:
+            T.encode(name, str(tree / "good"), str(tmp_path / "new"), 32)
+        one_line(caught, f"{name} has random weights", "name a trained VAE")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system can't reserve blocks")
+def test_full_disk(tree, vae_file, cache, tmp_path, monkeypatch):
+    """The blocks of a cache or a pack are on the disk before anything is mapped, where a full disk
+    would end the process by a bus error; one that has no room is one line that names the file."""
+    latents = (cache / "latents.npy").stat()
+    assert 512 * latents.st_blocks >= latents.st_size
+    S.open_array(tmp_path / "empty.npy", np.float16, (1000, 1000))
+    assert 512 * (tmp_path / "empty.npy").stat().st_blocks >= 2 * 10**6         # not a hole
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(V.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError) as caught:
+        T.encode(str(vae_file), str(tree / "good"), str(tmp_path / "cache"), 32)
+    one_line(caught, tmp_path / "cache/latents.npy", "No space left on device")
+    with pytest.raises(OSError) as caught:
+        T.pack(str(tree / "good"), str(tmp_path / "pack"), 32)
+    one_line(caught, tmp_path / "pack/images.npy", "No space left on device")
+    monkeypatch.undo()                                          # there is room again
+    T.pack(str(tree / "good"), str(tmp_path / "pack"), 32)
+    assert len(V.open_images(str(tmp_path / "pack"))) == 90
+
+
+def test_arrays_of_another_run(tmp_path):
+    """What was written stays when an array is opened again; one of another shape is refused."""
+    file = tmp_path / "x.npy"
+    S.open_array(file, np.uint8, (3, 2))[1] = 7
+    assert S.open_array(file, np.uint8, (3, 2)).tolist() == [[0, 0], [7, 7], [0, 0]]
     with pytest.raises(ValueError) as caught:
-        V.encode(str(vae_file), str(tree / "good"), str(tmp_path / "other"), 32)
-    one_line(caught, tmp_path / "other/latents.npy", "No space left on device", "GB")
+        S.open_array(file, np.uint8, (4, 2))
+    one_line(caught, file, "[3, 2], expected [4, 2]: remove it")
 
 
 def test_cache_killed(tree, vae_file, tmp_path):
-    """Killed in the middle and run again: the same bytes as without the kill; rows that were done are not redone."""
-    words = ("--resolution=32", "--batch=1")
-    assert run("encode", vae_file, tree / "good", tmp_path / "whole", *words).returncode == 0
-    line, env = command("encode", vae_file, tree / "good", tmp_path / "killed", *words)
-    process = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checksums = tmp_path / "killed/checksums.npy"
-    while not checksums.exists() or checksums.stat().st_size < 4 * 90 or not np.load(checksums)[9]:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = np.load(checksums)
+    """Killed in the middle and run again: the same files as without the kill; rows that were done
+    are not done again."""
+    words = "encode", vae_file, tree / "good"
+    more = "--resolution=32", "--batch=1"
+    code, said = run(*words, tmp_path / "whole", *more)
+    assert code == 0, said
+    out = tmp_path / "killed"
+    killed(start(*words, out, *more), lambda: np.load(out / "done.npy")[9])
+    done = np.load(out / "done.npy")
     assert 10 <= np.count_nonzero(done) < 90
-    latents = np.load(tmp_path / "killed/latents.npy", mmap_mode="r+")
+    latents = np.load(out / "latents.npy", mmap_mode="r+")
     latents[3] = 7                          # a mark in a row that was done: it must survive
     latents.flush()
-    assert run("encode", vae_file, tree / "good", tmp_path / "killed", *words).returncode == 0
-    killed = np.load(tmp_path / "killed/latents.npy", mmap_mode="r+")
-    assert (killed[3] == 7).all()
-    killed[3] = np.load(tmp_path / "whole/latents.npy")[3]
-    killed.flush()
-    assert cache_bytes(tmp_path / "killed") == cache_bytes(tmp_path / "whole")
-
-
-def test_wrong_caches(tree, vae_file, tmp_path):
-    """Another VAE, other data, a damaged row or no cache at all: one line each."""
-    data, vae = V.Folder(tree / "good", 32), small_vae()
-    V.encode(str(vae_file), str(tree / "good"), str(tmp_path / "cache"), 32)
-    with pytest.raises(ValueError) as caught:
-        V.Cached(data, tmp_path / "cache", small_vae(1))
-    one_line(caught, tmp_path / "cache", "another VAE")
-    with pytest.raises(ValueError) as caught:
-        V.Cached(V.Folder(tree / "good", 64), tmp_path / "cache", vae)
-    one_line(caught, tmp_path / "cache", "another data")
-    torch.save(small_vae(1).state_dict(), tmp_path / "other.pt")
-    result = run("encode", tmp_path / "other.pt", tree / "good", tmp_path / "cache", "--resolution=32")
-    assert result.returncode == 2 and "another VAE" in result.stderr and len(result.stderr.splitlines()) == 1
-    latents = np.load(tmp_path / "cache/latents.npy", mmap_mode="r+")
-    latents[5, 0, 0, 0, 0] += 1
+    code, said = run(*words, out, *more)
+    assert code == 0, said
+    latents = np.load(out / "latents.npy", mmap_mode="r+")
+    assert (latents[3] == 7).all()
+    latents[3] = np.load(tmp_path / "whole/latents.npy")[3]
     latents.flush()
-    cached = V.Cached(data, tmp_path / "cache", vae)
-    cached[[4, 6]]
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+    assert bytes_of(out).keys() == {"latents.npy", "done.npy", "cache.json"}
+
+
+def test_wrong_caches(tree, cache, tmp_path, cli):
+    """Another VAE's cache, or that of other data, is neither read nor written to."""
+    data, vae, other = V.Folder(tree / "good", 32), small_vae(), small_vae(1)
     with pytest.raises(ValueError) as caught:
-        cached[[4, 5]]
-    one_line(caught, "row 5")
-    for name, content in (("checksums.npy", b""), ("latents.npy", b"no array"), ("cache.json", b"{")):
-        folder = tmp_path / f"bad-{name}"
-        shutil.copytree(tmp_path / "cache", folder)
-        (folder / name).write_bytes(content)
+        T.CachedLatents(data, cache, other)
+    one_line(caught, cache, "another VAE")
+    relabelled = V.Folder(tree / "good", 32)
+    relabelled.labels = relabelled.labels.flip(0)
+    for wrong in (V.Folder(tree / "good", 64), V.Folder(tree / "good/cat", 32), relabelled):
         with pytest.raises(ValueError) as caught:
-            V.Cached(data, folder, vae)
-        one_line(caught, folder)
-    with pytest.raises(ValueError, match="no file at .*nothing/cache.json"):
-        V.Cached(data, tmp_path / "nothing", vae)
+            T.CachedLatents(wrong, cache, vae)
+        one_line(caught, cache, "another data")
+    torch.save(vae.state_dict(), tmp_path / "same.pt")
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    before = bytes_of(cache)
+    for name, side in (("other.pt", 32), ("same.pt", 64)):
+        words = tmp_path / name, tree / "good", cache, f"--resolution={side}"
+        code, said = cli(T, "encode", *words)
+        assert code == 2 and "another VAE or of other data" in said and len(said.splitlines()) == 1
+    assert bytes_of(cache) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The picture, and mistakes.
-
-def test_reconstruct(tree, vae_file, tmp_path):
-    """Image, reconstruction and latents side by side, and each row's PSNR."""
-    result = run("reconstruct", vae_file, tree / "good", f"--out={tmp_path}/grid.png", "--resolution=32", "--count=4")
-    assert result.returncode == 0, result.stderr
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    scale = picture.shape[1] // 96
-    assert picture.shape == (4 * 32 * scale, 3 * 32 * scale, 3)
+def test_damaged_caches(tree, cache, tmp_path):
+    """A file of a cache that is damaged or missing is one line when a run starts, not in its first
+    step."""
     data, vae = V.Folder(tree / "good", 32), small_vae()
-    x = data[[0, 30, 59, 89]][0]
-    assert np.array_equal(picture[:: scale, :: scale][:32, :32], x[0].permute(1, 2, 0))
+    for name, content in (("done.npy", b""), ("latents.npy", b"no array"), ("cache.json", b"{"),
+                          ("latents.npy", (cache / "latents.npy").read_bytes()[:-1])):
+        folder = tmp_path / "bad"
+        shutil.copytree(cache, folder)
+        for damage in (lambda: (folder / name).write_bytes(content), (folder / name).unlink):
+            damage()
+            with pytest.raises(ValueError) as caught:
+                T.CachedLatents(data, folder, vae)
+            one_line(caught, folder, "a cache of train.py encode")
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="no file at .*nothing, expected a cache"):
+        T.CachedLatents(data, tmp_path / "nothing", vae)
+
+
+# ---- The picture, and mistakes --------------------------------------------------
+
+def test_picture_of_a_vae(tree, tmp_path):
+    """Sixteen images, spread over the data, each with its reconstruction and its latents as
+    colors, four triples in a row."""
+    data, vae = V.Folder(tree / "good", 32), small_vae()
+    evaluate.save_latents(tmp_path / "grid.png", vae, data, torch.device("cpu"))
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape == (4 * 32, 12 * 32, 3)
+    cells = picture.reshape(4, 32, 12, 32, 3).swapaxes(1, 2).reshape(16, 3, 32, 32, 3)
+    rows = [0, 6, 12, 18, 24, 30, 36, 42, 47, 53, 59, 65, 71, 77, 83, 89]
+    x = V.fetch(data, rows)[0]
     with torch.no_grad():
-        rec = V.to_uint8(vae.decode(vae.encode(V.to_float(x))[0]))
-    shown = picture[:: scale, :: scale][:32, 32:64].astype(int)
-    assert np.abs(shown - rec[0].permute(1, 2, 0).numpy()).max() <= 1
-    psnr = 10 * np.log10(255**2 / (x[0].double() - rec[0]).square().mean())
-    assert f"row 1: PSNR {psnr:.2f} dB" in result.stdout
+        z = vae.encode(V.to_float(x))[0]
+        rec = V.to_uint8(vae.decode(z))
+    colors = evaluate.principal_colors(z, 32)
+    for i, (expected, limit) in enumerate(((x, 0), (rec, 1), (colors, 1))):
+        expected = expected.permute(0, 2, 3, 1).numpy().astype(int)
+        assert np.abs(cells[:, i].astype(int) - expected).max() <= limit
 
 
-def test_principal_colours():
-    """Three directions of latents become three colours: a map that varies in one channel only is told by one hue."""
+def test_principal_colors():
+    """Three directions of latents become three colors: a map that varies in one channel only is
+    told by one hue."""
     z = torch.zeros(2, 5, 4, 4)
     z[:, 3] = torch.arange(16.0).view(4, 4)
     z += 1e-3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-    colours = V.principal_colours(z, 16).float()
-    assert colours.shape == (2, 3, 16, 16)
-    red = colours[0, 0, ::4, ::4].flatten()
-    assert ((red.diff() >= 0).all() or (red.diff() <= 0).all()) and red.max() - red.min() > 200
+    colors = evaluate.principal_colors(z, 16).float()
+    assert colors.shape == (2, 3, 16, 16)
+    red = colors[0, 0, ::4, ::4].flatten()
+    assert (red.diff() >= 0).all() or (red.diff() <= 0).all()
+    assert red.max() - red.min() > 200
 
 
-def test_mistakes(tmp_path, vae_file):
-    """A wrong command, path or value ends with exit code 2 and one line that says what is wrong."""
-    for words, word in ((("exprot", "a"), "did you mean export"), ((), "unknown command"),
-                        (("pack", tmp_path / "no", "b"), "no data"), (("export", vae_file), "--to"),
-                        (("encode", vae_file, tmp_path / "no", tmp_path / "c"), "no data"),
-                        (("pack", "a", "b", "--resolution=x"), "whole number"),
-                        (("reconstruct", tmp_path / "no.pt", "tiny"), "no file")):
-        result = run(*words)
-        assert result.returncode == 2 and word in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
-
-
-def test_groups_come_from_the_config(tmp_path):
-    """guess_config can't see the groups of a GroupNorm: only ours and diffusers' files carry others than 32."""
-    theirs = AutoencoderKL(block_out_channels=(32, 64), down_block_types=DOWN * 2, up_block_types=UP * 2,
-                           norm_num_groups=8).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = V.load_vae(str(tmp_path))[0]
-    assert ours.cfg.groups == 8
-    same(theirs, ours)
+def test_mistakes(tree, tmp_path, vae_file, cli):
+    """A wrong path, word or value ends with exit code 2 and one line that says what is wrong."""
+    no, out, good = tmp_path / "no", tmp_path / "out", tree / "good"
+    for script, words, word in (
+            (T, ("pack", no, out), f"no data folder at {no}"),
+            (T, ("pack", good), "the following arguments are required: out"),
+            (T, ("pack", good, out, "--resolution=x"), "--resolution: invalid int value: 'x'"),
+            (T, ("encode", vae_file, no, out), f"no data folder at {no}"),
+            (T, ("encode", no, good, out, "--resolution=32"), f"no file at {no}"),
+            (T, ("encode", vae_file, good, out, "--resolution=33"), "a multiple of 2"),
+            (T, ("encode", vae_file, good, out, "--resolutoin=32"), "did you mean --resolution?"),
+            (S, ("export", vae_file), "the following arguments are required: --to"),
+            (S, ("export", no, f"--to={out}"), f"no file at {no}")):
+        code, said = cli(script, *words)
+        assert code == 2 and word in said and len(said.splitlines()) == 1, said
+        assert said.startswith("error: ") and not out.exists()

@@ -17,16 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import study
 import train
 from sample import parse
 from test_repa import HUBCONF
-from vae import VAE, Shapes, VAEConfig
+from vae import VAE, Shapes, VAEConfig, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, re.S)     # (kind, text)
+MORE = (ROOT / "tests/README.md").read_text()
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README + MORE, re.S)      # (kind, text)
 
 
 def commands():
@@ -47,7 +47,7 @@ def world(tmp_path_factory):
     for name in ("vae", "sit", "repa", "sample", "train", "evaluate"):
         shutil.copy(ROOT / f"{name}.py", home)
     for first, folder in ((0, "imagenet/train"), (900, "imagenet/val"), (1800, "my-images")):
-        images, labels = Shapes(32, first=first)[range(40)]
+        images, labels = fetch(Shapes(32, first=first), range(40))
         for i, (image, label) in enumerate(zip(images, labels)):
             path = home / folder / Shapes.classes[label] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +77,8 @@ def execute(home, *words, ranks=1):
 
 def small(script, words):
     """What to put behind a command's words, so that it takes seconds and no download."""
+    if script == "train.py" and words[0] in ("pack", "encode"):
+        return {"pack": ["--resolution=32"], "encode": ["--batch=8"]}[words[0]]
     if script == "train.py":
         cfg = parse(train.Config, words, train.PRESETS)
         more = dict(resolution=32, steps=2, first_stage=min(cfg.first_stage, 2), batch=4, micro_batch=2, workers=0,
@@ -89,15 +91,14 @@ def small(script, words):
         if cfg.trains_sit:
             more["sit"] = "2-32-2/2"
         return [f"--{key}={value}" for key, value in more.items()]
+    if script == "sample.py" and words[0] == "export":
+        return []
     if script == "sample.py":
         return ["--steps=2", "--batch=2"] + ["--count=4"] * ("--classes" not in " ".join(words))
-    if script == "evaluate.py":
-        opt = parse(evaluate.Options, words)
-        more = {"gen": ["--features=tiny", "--steps=2"], "ref": ["--features=tiny", "--resolution=32"],
-                "recon": ["--features=tiny", "--resolution=32"],
-                "align": ["--repo=dinov2", "--weights=dinov2_vitb14.pth"]}[opt.command]
-        return [*more, f"--count={12 if opt.command == 'align' else 4}", "--batch=2"]
-    return {"pack": ["--resolution=32"], "encode": ["--batch=8"]}.get(words[0], [])
+    more = {"gen": ["--features=tiny", "--steps=2"], "ref": ["--features=tiny", "--resolution=32"],
+            "recon": ["--features=tiny", "--resolution=32"],
+            "align": ["--repo=dinov2", "--weights=dinov2_vitb14.pth"]}[words[0]]
+    return [*more, f"--count={12 if words[0] == 'align' else 4}", "--batch=2"]
 
 
 LOCAL = {"--classes=207,360": "--classes=2,3", "hf:REPA-E/e2e-vavae-hf": "runs/repa-e",
@@ -111,7 +112,7 @@ def test_command(line, world):
     words = shlex.split(line)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, words = words[at], words[at + 1 :]
-    if script == "train.py":
+    if script == "train.py" and words[0].startswith("--"):
         execute(world, script, *words, "--dry=1")
     local = LOCAL | ({"runs/repa-e": "narrow.pt"} if words[0] == "export" else {})      # no format has tiny's VAE
     execute(world, script, *(local.get(word, word) for word in words), *small(script, words), ranks=ranks)
@@ -136,5 +137,14 @@ def test_study(tmp_path):
 
 
 def test_table_of_the_study():
-    """The README's table is what the study has measured, to the last digit."""
-    assert study.table(json.loads((ROOT / ".github/study.json").read_text())) in README
+    """The table is what the study has measured, to the last digit, and the README's rows are of it."""
+    table = study.table(json.loads((ROOT / ".github/study.json").read_text()))
+    assert table in MORE
+    rows = {line.split("|")[1]: line for line in table.splitlines()}
+    short = [line for line in README.splitlines() if line.split("|")[1:2] and line.split("|")[1] in rows
+             and "±" in line]
+    assert len(short) == 5
+    for line in short:
+        name, distance, accuracy, cknna, variance = line.split("|")[1:6]
+        cells = rows[name].split("|")
+        assert [distance, accuracy, cknna, variance] == [cells[2], cells[4], cells[7], cells[9]], name

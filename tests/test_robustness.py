@@ -22,6 +22,7 @@ from test_train import (ROOT, SMALL, UNREAD, assert_equal, config, execute, last
                         quick_teacher, run, torchrun)
 
 import train
+import sample
 import vae as V
 from sample import parse
 from train import PRESETS, Config
@@ -207,7 +208,7 @@ def test_leftovers_of_a_kill_are_harmless(tmp_path):
     run(config(out, "--steps=2", "--save_every=1"))
     for name in ("state.tmp", "step_0000003.tmp"):
         (out / name).write_bytes((out / "state.pt").read_bytes()[:99_999])
-    assert V.find_checkpoint(str(out)) == out / "step_0000002.pt"
+    assert sample.find_checkpoint(str(out)) == out / "step_0000002.pt"
     after = run(config(out, "--steps=3", "--save_every=1"))
     assert names(out, "*.tmp") == []
     assert names(out) == ["state.prev.pt", "state.pt", "step_0000002.pt", "step_0000003.pt"]

@@ -15,18 +15,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sit as S
-from sample import load_model
+from sample import load_pipeline, published_sit
 
 PATHS = ["linear", "cosine"]
 TINY = S.SiTConfig(depth=3, width=24, heads=3, patch=2, channels=4, size=8, num_classes=5, teacher_dims=(6, 10),
                    align_depth=2, projector_width=16)
 
+
 def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
 
 def error(a, b):
     """The largest difference, relative to the reference's largest value."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
 
 def randomised(net, std=0.2):
     """Every parameter random: the zeros of adaLN-Zero would hide mistakes."""
@@ -35,8 +38,8 @@ def randomised(net, std=0.2):
             p.copy_(std * noise(*p.shape, seed=i))
     return net
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interpolants.
+
+# ---- Interpolants --------------------------------------------------------------
 
 @pytest.mark.parametrize("path", PATHS)
 def test_interpolant(path):
@@ -53,6 +56,7 @@ def test_interpolant(path):
     with pytest.raises(ValueError, match="cubic"):
         S.interpolant(t, "cubic")
 
+
 @pytest.mark.parametrize("path", PATHS)
 def test_conversions(path):
     """velocity, data, noise and score are four names of one prediction: each is found again from each other."""
@@ -66,6 +70,7 @@ def test_conversions(path):
     for kind, value in (("data", zn), ("noise", eps), ("score", score)):
         assert torch.allclose(S.velocity_from(kind, value, z_t, t, path), v)
 
+
 @pytest.mark.parametrize("path", PATHS)
 def test_score_of_a_gaussian(path):
     """For data N(m, s^2) the score of z_t ~ N(alpha m, alpha^2 s^2 + sigma^2) follows from the expected velocity."""
@@ -78,6 +83,7 @@ def test_score_of_a_gaussian(path):
     score, = torch.autograd.grad(log_p.sum(), z_grad)
     assert torch.allclose(S.score_from_velocity(v, z, t, path), score)
 
+
 @pytest.mark.parametrize("path", PATHS)
 def test_time_weighting(path):
     """lognormal means sigma / alpha = exp(N(0, 1)) on either path; float32 draws of 0 and almost 1 stay inside."""
@@ -89,12 +95,13 @@ def test_time_weighting(path):
     ends = S.time_from_uniform(torch.tensor([0.0, 2**-24, 1 - 2**-24]), "lognormal", path)
     assert ends.dtype == torch.float32 and (0 < ends).all() and (ends < 1).all()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LatentNorm against nn.BatchNorm2d.
+
+# ---- LatentNorm against nn.BatchNorm2d -----------------------------------------
 
 def latents(seed, count=6):
     """Far from unit statistics: float32 sums of squares would not do."""
     return (noise(count, 3, 4, 4, seed=seed) * torch.tensor([0.1, 1, 5])[:, None, None] + 20).float()
+
 
 def test_latent_norm_equals_batch_norm():
     """bn is BatchNorm2d in both modes: outputs, gradients, running statistics, momentum and counter over steps."""
@@ -117,6 +124,7 @@ def test_latent_norm_equals_batch_norm():
         assert error(ours(z), theirs(z.double())) < 1e-5 and error(a.grad, b.grad) < 1e-5
     assert ours.num_batches_tracked == 4
 
+
 def test_commit_of_a_refused_step():
     """A step that is skipped leaves statistics and counter as they were, and nothing of it in the next one."""
     norm, other = S.LatentNorm(3), S.LatentNorm(3)
@@ -131,27 +139,31 @@ def test_commit_of_a_refused_step():
         net.commit(torch.tensor(True))
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers()))
 
+
 def test_micro_batches():
     """Accumulation: unequal micro-batches and one commit give the running statistics of the joint batch."""
     parts, whole = S.LatentNorm(3), S.LatentNorm(3)
     for z in (latents(0)[:4], latents(0)[4:]):
         parts.normalise_batch(z)
     whole.normalise_batch(latents(0))
-    for a, b in zip(parts.pending_statistics(), (latents(0).mean((0, 2, 3)), latents(0).var((0, 2, 3)))):
-        assert torch.allclose(a, b, rtol=1e-5)
+    mean, var = parts.batch_statistics()
+    assert torch.allclose(mean, latents(0).mean((0, 2, 3)), rtol=1e-5)
+    assert torch.allclose(var, latents(0).var((0, 2, 3)), rtol=1e-5)
     for net in (parts, whole):
         net.commit(torch.tensor(True))
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(parts.buffers(), whole.buffers()))
+
 
 def test_inverse_and_set():
     """inverse undoes forward with the same eps (at variances near eps that is half the value), from set statistics."""
     norm, var = S.LatentNorm(3), torch.tensor([1e-4, 1.0, 9.0])
     norm.num_batches_tracked += 5
-    norm.set(torch.tensor([1.0, -2.0, 0.0]), var)
+    norm.load_stats(torch.tensor([1.0, -2.0, 0.0]), var)
     zn = noise(2, 3, 4, 4).float()
     assert torch.allclose(norm(norm.inverse(zn)), zn, atol=1e-4) and norm.num_batches_tracked == 0
     assert torch.allclose(norm.inverse(torch.ones(1, 3, 1, 1)).flatten() - norm.running_mean, (var + 1e-4).sqrt())
     assert norm(zn.bfloat16()).dtype == torch.bfloat16 and norm.inverse(zn.double()).dtype == torch.float64
+
 
 def rank_of_two(rank, file, folder):
     torch.set_num_threads(1)
@@ -162,6 +174,7 @@ def rank_of_two(rank, file, folder):
     norm.commit(torch.tensor(True))
     torch.save((zn.detach(), z.grad, list(norm.buffers())), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
 
 def test_two_ranks_equal_one(tmp_path):
     """Two gloo ranks normalise by, and commit, the joint statistics; a gradient flows through a rank's own share."""
@@ -179,8 +192,8 @@ def test_two_ranks_equal_one(tmp_path):
         expected, = torch.autograd.grad((zn * noise(6, 3, 4, 4, seed=9))[own].sum(), z)
         assert error(grad, expected[own]) < 1e-5
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SiT.
+
+# ---- SiT -----------------------------------------------------------------------
 
 def test_counts():
     """SiT-XL/2 has the published number of parameters; pos_embed is a buffer: in checkpoints, in no optimizer."""
@@ -194,6 +207,7 @@ def test_counts():
         final_layer.linear.weight final_layer.adaLN_modulation.1.bias projectors.0.4.bias bn.running_var"""
     assert set(names.split()) <= set(net.state_dict())
     assert net.pos_embed.shape[1] == 256
+
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_block_equals_timm(qk_norm):
@@ -216,6 +230,7 @@ def test_block_equals_timm(qk_norm):
     assert error(ours(x, c), expected) < 1e-12
     a, b = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (ours(x, c), expected))
     assert error(a, b) < 1e-12
+
 
 def test_fixed_embeddings():
     """Positions (column, then row; sines, then cosines) and timesteps (cosines, then sines) as in published weights."""
@@ -329,6 +344,7 @@ def test_patches():
     weight = net.x_embedder.proj.weight.permute(0, 2, 3, 1).flatten(1)
     assert torch.allclose(net.x_embedder(z), F.linear(tokens, weight, net.x_embedder.proj.bias), atol=1e-5)
 
+
 def test_parse_size():
     """--sit accepts the table's names and any depth-width-heads/patch; anything else is one line that says what is."""
     assert S.parse_size("SiT-XL/2") == S.parse_size("XL/2") == (28, 1152, 16, 2)
@@ -342,18 +358,21 @@ def test_parse_size():
         with pytest.raises(ValueError, match="multiple"):
             S.parse_size(name)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading. PLAIN has heads of 64 channels, as every published SiT but XL.
+
+# ---- Loading -------------------------------------------------------------------
+# PLAIN has heads of 64 channels, as every published SiT but XL.
 
 PLAIN = S.SiTConfig(depth=3, width=128, heads=2, patch=2, channels=4, size=8, num_classes=5, teacher_dims=(6, 10),
                     align_depth=2, projector_width=16)
 
+
 def loaded(file):
     """A published checkpoint -> the network, strictly."""
-    cfg, state = S.published_sit(file)
+    cfg, state = published_sit(file)
     net = S.SiT(cfg)
     net.load_state_dict(state)
     return net
+
 
 class OfWillisma(nn.Module):
     """SiT as willisma/SiT computes it, by its paper: t = 1 is data, the output has 2C channels, the first C count."""
@@ -394,6 +413,7 @@ class OfWillisma(nn.Module):
         image = torch.einsum("bhwpqc->bchpwq", x.view(len(x), n, n, p, p, 2 * self.channels))
         return image.reshape(len(x), 2 * self.channels, n * p, n * p)[:, : self.channels]
 
+
 @pytest.mark.parametrize("patch", [2, 1])
 def test_published_sit_of_willisma(patch):
     """Its time and sign are reversed, the unused channels dropped: ours(z, t) = -theirs(z, 1 - t), a SiT like any."""
@@ -409,13 +429,14 @@ def test_published_sit_of_willisma(patch):
                 ours, reference = net(z.float(), time.float(), y)[0], -theirs(z, 1 - time, y)
             assert error(ours, reference) < 3e-6
 
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_published_sit_of_repa_e(qk_norm):
     """Architecture from the shapes, all weights and bn as they stand, the trained pos_embed too; args tell the rest."""
     cfg = replace(PLAIN, patch=1, channels=8, qk_norm=qk_norm)
     net = randomised(S.SiT(cfg))
     net.pos_embed += noise(*net.pos_embed.shape).float()
-    net.bn.set(noise(8).float(), noise(8, seed=1).float() ** 2)
+    net.bn.load_stats(noise(8).float(), noise(8, seed=1).float() ** 2)
     for args, expected in (({}, replace(cfg, align_depth=4)),
                            ({"args": Namespace(encoder_depth=3, path_type="cosine", model="SiT-XL/1", prediction="v")},
                             replace(cfg, align_depth=3, path="cosine"))):
@@ -423,13 +444,15 @@ def test_published_sit_of_repa_e(qk_norm):
         assert again.cfg == expected
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in again.state_dict().items())
 
+
 @pytest.mark.parametrize("name", S.SIZES)
 def test_published_sizes(name):
     """The four sizes are found from their shapes alone, heads and depth of the alignment included."""
     depth, width, heads = S.SIZES[name]
     cfg = S.SiTConfig(depth, width, heads, align_depth=4 if name in "SB" else 8)
     with torch.device("meta"):
-        assert S.published_sit(S.SiT(cfg).state_dict())[0] == cfg
+        assert published_sit(S.SiT(cfg).state_dict())[0] == cfg
+
 
 def test_published_sit_of_repa():
     """REPA's: no bn, zn = 0.18215 z; older files call the blocks behind the projectors decoder_blocks."""
@@ -448,17 +471,42 @@ def test_published_sit_of_repa():
     with pytest.raises(RuntimeError, match="bn.running_var"):       # 0.18215 is known of SD-VAE's four channels alone
         loaded({k: v for k, v in S.SiT(replace(PLAIN, channels=8)).state_dict().items() if not k.startswith("bn.")})
 
-def test_files_that_are_no_sit(tmp_path):
-    """One line that names the file and what is wrong with it."""
-    state, path = S.SiT(PLAIN).state_dict(), tmp_path / "x.pt"
-    for file, message in (
-            ([1], "or no checkpoint"), ({1: 2}, "or no checkpoint"), ({"ema": None}, "or no checkpoint"),
-            ({"encoder.conv_in.weight": 1}, "x_embedder"), (state | {"pos_embed": 3}, "or no checkpoint"),
-            ({k: v for k, v in state.items() if k != "pos_embed"}, "pos_embed"),
-            (state | {"x_embedder.proj.weight": torch.zeros(3)}, "or no checkpoint"),
-            (S.SiT(TINY).state_dict(), "width 24"), ({"ema": state, "args": Namespace(path_type="GVP")}, "path gvp"),
-            ({"ema": state, "args": Namespace(prediction="noise")}, "prediction noise")):
-        with pytest.raises(ValueError, match=message) as caught:
-            torch.save(file, path)
-            load_model(path)
-        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+NO_SIT = {       # kind: (what is in the file, what its line says)
+    "a list": ([1], "cannot read"),
+    "no names": ({1: 2}, "cannot read"),
+    "no weights": ({"ema": None}, "cannot read"),
+    "a VAE's": ({"encoder.conv_in.weight": 1}, "x_embedder"),
+    "a number": ({"pos_embed": 3}, "cannot read"),
+    "a weight missing": ({"blocks.1.attn.qkv.weight": None}, "blocks.1.attn.qkv.weight"),
+    "a weight of other dimensions": ({"x_embedder.proj.weight": torch.zeros(3)}, "cannot read"),
+    "a weight too many": ({"blocks.0.extra": torch.zeros(3)}, "blocks.0.extra"),
+    "a weight of another shape": ({"blocks.0.mlp.fc1.bias": torch.zeros(3)}, "mlp.fc1.bias"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_SIT)
+def test_files_that_are_no_sit(tmp_path, kind):
+    """One line that names the file, and the weight where it is one."""
+    content, word = NO_SIT[kind]
+    if kind.startswith(("a number", "a weight")):
+        content = S.SiT(PLAIN).state_dict() | content
+        content = {key: value for key, value in content.items() if value is not None}
+    refused(tmp_path / "x.pt", content, word)
+
+
+@pytest.mark.parametrize("args, message", [
+    (dict(path_type="GVP"), "path gvp, .*expected linear or cosine"),
+    (dict(prediction="noise"), "prediction noise: expected linear or cosine, v")])
+def test_sits_of_another_kind(tmp_path, args, message):
+    """A SiT on another interpolant, or one that predicts noise, would load, and sample rubbish."""
+    content = {"ema": S.SiT(PLAIN).state_dict(), "args": Namespace(**args)}
+    refused(tmp_path / "x.pt", content, message)
+
+
+def refused(path, content, message):
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pipeline(path, vae="not-read.pt")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert "not-read.pt" not in str(caught.value)

@@ -19,6 +19,8 @@ import torchvision
 from diffusers import AutoencoderKL
 from PIL import Image
 
+import sample as S
+import train
 import vae as V
 
 SMALL = V.VAEConfig(z_channels=3, ch=32, ch_mult=(1, 2), num_res_blocks=1)      # 32 groups, as every published VAE
@@ -44,9 +46,7 @@ def image(height, width, seed=0, mode="RGB"):
     return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()).convert(mode)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The autoencoder against diffusers.
-
+# ---- The autoencoder against diffusers -----------------------------------------
 
 BLOCKS = ((".down.", ".down_blocks."), (".up.", ".up_blocks."), (".block.", ".resnets."), (".attn.", ".attentions."),
           (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
@@ -90,7 +90,8 @@ def test_vae_equals_diffusers(name, count):
     names = {key: diffusers_name(key, len(cfg.ch_mult)) for key in ours.state_dict()}
     weights = theirs.state_dict()
     assert set(names.values()) == set(weights) and sum(p.numel() for p in ours.parameters()) == count
-    V.load_strict(ours, {key: weights[names[key]].reshape(v.shape) for key, v in ours.state_dict().items()}, name)
+    own = ours.state_dict()
+    ours.load_state_dict({key: weights[names[key]].reshape(v.shape) for key, v in own.items()})
 
     side = 4 * cfg.downsampling
     x, eps = noise(1, 3, side, side // 2).clamp(-1, 1), noise(1, cfg.z_channels, 4, 2)
@@ -153,9 +154,7 @@ def test_recomputing_activations_keeps_the_bits():
     assert sizes[0] > 1.3 * sizes[1] > 1.3 * sizes[2] > sizes[3], sizes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Posterior, losses, discriminator.
-
+# ---- Posterior, losses, discriminator ------------------------------------------
 
 def test_posterior():
     """z, KL, the clamp of logvar and the fixed sigma are those of torch.distributions' Normal."""
@@ -271,10 +270,10 @@ def test_compiled_vae_equals_eager():
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_perceptual_equals_lpips(vgg, monkeypatch):
+def test_lpips_equals_the_package(vgg, monkeypatch):
     """LPIPS is the package's own number, on images in [-1, 1] used once; only rec gets a gradient, and never NaN."""
     monkeypatch.setenv("TORCH_HOME", str(vgg))
-    ours, theirs = V.Perceptual(), lpips.LPIPS(net="vgg", verbose=False).eval()
+    ours, theirs = V.LPIPS(), lpips.LPIPS(net="vgg", verbose=False).eval()
     x, rec = (noise(2, 3, 32, 32, seed=k).clamp(-1, 1).requires_grad_() for k in (0, 1))
     ours.train()
     loss, expected = ours(x, rec), theirs(x, rec).mean()
@@ -306,7 +305,7 @@ def test_missing_vgg(tmp_path, monkeypatch, content):
         (tmp_path / "hub/checkpoints").mkdir(parents=True)
         (tmp_path / "hub/checkpoints/vgg16-397923af.pth").write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        V.Perceptual()
+        V.LPIPS()
     one_line(caught, "vgg16-397923af.pth", tmp_path / "hub/checkpoints", "--lpips=0")
 
 
@@ -314,9 +313,7 @@ def no_network(*_, **__):
     raise OSError("no network")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading.
-
+# ---- Loading -------------------------------------------------------------------
 
 def beside(path, mean, std, disc):
     torch.save({"latents_bias": mean.view(1, -1, 1, 1), "latents_scale": 1 / std.view(1, -1, 1, 1)},
@@ -330,21 +327,36 @@ def test_load_vae(tmp_path, wrapped):
     vae, mean, std = V.VAE(SMALL), torch.tensor([1.0, -2.0, 0.1]), torch.tensor([0.5, 2.0, 3.0])
     state, path = vae.state_dict(), tmp_path / "vae.pt"
     torch.save({"state_dict": state, "args": Namespace(lr=1e-4)} if wrapped else state, path)
-    loaded, stats, disc = V.load_vae(str(path))
+    loaded, stats, disc = S.load_vae(str(path))
     assert loaded.cfg == SMALL and stats is None and disc is None
     assert all(torch.equal(v, state[key]) for key, v in loaded.state_dict().items())
     beside(tmp_path / "vae", mean, std, {"main.0.weight": mean})
-    _, stats, disc = V.load_vae(str(path))
+    _, stats, disc = S.load_vae(str(path))
     assert torch.allclose(stats[0], mean) and torch.allclose(stats[1], std**2)
     assert torch.equal(disc["main.0.weight"], mean)
-    beside(tmp_path / "vae", mean[:2], std[:2], {"main.0.weight": mean})
+
+
+def test_statistics_of_other_latents(tmp_path):
+    """Statistics of another number of channels are another VAE's: refused where they are read."""
+    path = tmp_path / "vae.pt"
+    torch.save(V.VAE(SMALL).state_dict(), path)
+    for channels in (1, 2, 4):
+        beside(tmp_path / "vae", torch.zeros(channels), torch.ones(channels), {})
+        with pytest.raises(ValueError) as caught:
+            S.load_vae(str(path))
+        one_line(caught, "vae.pt", "latents' statistics", f"[{channels}], expected 3 floats")
+
+
+def test_a_discriminator_of_another_kind(tmp_path):
+    """A file beside the VAE that is no discriminator like the authors': one line when a run
+    starts."""
+    beside(tmp_path / "vae", torch.zeros(3), torch.ones(3), {"other": torch.zeros(3)})
+    torch.save(V.VAE(SMALL).state_dict(), tmp_path / "vae.pt")
+    cfg = train.Config(data="tiny", resolution=32, vae=str(tmp_path / "vae.pt"), method="vae",
+                       lpips=0)
     with pytest.raises(ValueError) as caught:
-        V.load_vae(str(path))
-    one_line(caught, "vae.pt", "mean of its latents is float(2,), expected float(3,)")
-    beside(tmp_path / "vae", mean, std, {"other": mean})
-    with pytest.raises(ValueError) as caught:
-        V.load_vae(str(path))
-    one_line(caught, "vae-discriminator-ckpt.pt", "main.0.weight")
+        train.build(cfg, V.Shapes(), None, 1, torch.device("cpu"))
+    one_line(caught, "vae.pt", "main.0.weight", "a discriminator like the authors'")
 
 
 def test_load_vae_from_our_checkpoint(tmp_path):
@@ -358,14 +370,14 @@ def test_load_vae_from_our_checkpoint(tmp_path):
     for name in ("state.pt", "state.prev.pt", "step_0000011.tmp", "notes.txt"):
         (tmp_path / name).write_text("")
     for path, vae in ((tmp_path, new), (tmp_path / "step_0000009.pt", old)):
-        loaded, stats, disc = V.load_vae(str(path))
+        loaded, stats, disc = S.load_vae(str(path))
         assert torch.equal(loaded.encoder.conv_in.weight, vae.encoder.conv_in.weight) and loaded.cfg == SMALL
         assert torch.equal(stats[0], mean) and torch.equal(stats[1], var) and torch.equal(disc["main.0.bias"], mean)
-    assert V.find_checkpoint(tmp_path).name == "step_0000010.pt"
+    assert S.find_checkpoint(tmp_path).name == "step_0000010.pt"
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/state.tmp").write_text("")
     with pytest.raises(ValueError, match="no checkpoint"):
-        V.find_checkpoint(tmp_path / "empty")
+        S.find_checkpoint(tmp_path / "empty")
 
 
 def test_find_checkpoint_without_snapshots(tmp_path):
@@ -375,12 +387,12 @@ def test_find_checkpoint_without_snapshots(tmp_path):
     for name in ("state.prev.pt", "state.pt", "step_0000001.pt"):
         vaes[name] = V.VAE(SMALL)
         torch.save({"vae_config": asdict(SMALL), "vae": vaes[name].state_dict()}, tmp_path / name)
-        assert V.find_checkpoint(tmp_path) == tmp_path / name
-        found = V.load_vae(str(tmp_path))[0].encoder.conv_in.weight
+        assert S.find_checkpoint(tmp_path) == tmp_path / name
+        found = S.load_vae(str(tmp_path))[0].encoder.conv_in.weight
         assert torch.equal(found, vaes[name].encoder.conv_in.weight)
     (tmp_path / "step_0000001.pt").unlink()
     (tmp_path / "state.prev.pt").unlink()
-    assert V.find_checkpoint(str(tmp_path)) == tmp_path / "state.pt"
+    assert S.find_checkpoint(str(tmp_path)) == tmp_path / "state.pt"
 
 
 def test_guess_config():
@@ -388,7 +400,7 @@ def test_guess_config():
     for name in ("f8d4", "f16d32", "f8d16"):
         with torch.device("meta"):
             state = V.VAE(V.VAES[name]).state_dict()
-        assert V.guess_config(state) == V.VAES[name]
+        assert S.guess(state) == V.VAES[name]
 
 
 def test_published_names_download_three_files(tmp_path, monkeypatch):
@@ -396,36 +408,39 @@ def test_published_names_download_three_files(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     with pytest.raises(ValueError) as caught:
-        V.load_vae("invae")
+        S.load_vae("invae")
     folder = tmp_path / "hub/checkpoints/REPA-E--invae"
     one_line(caught, "huggingface.co/REPA-E/invae", folder / "invae-f16d32-latents-stats.pt")
     urls = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path: (urls.append(url), torch.save({}, path)))
     for _ in range(2):
-        assert V.find_checkpoint("invae") == folder / "invae-f16d32.pt"
+        assert S.find_checkpoint("invae") == folder / "invae-f16d32.pt"
     assert [url.removeprefix("https://huggingface.co/REPA-E/invae/resolve/main/") for url in urls] == [
         "invae-f16d32-latents-stats.pt", "invae-f16d32-discriminator-ckpt.pt", "invae-f16d32.pt"]
     urls.clear()
-    assert V.find_checkpoint("hf:REPA-E/sit-repae-invae/checkpoints/0400000.pt").name == "0400000.pt"
-    assert V.find_checkpoint("hf:black-forest-labs/FLUX.1-dev/vae").parent.name == "vae"
+    assert S.find_checkpoint("hf:REPA-E/sit-repae-invae/checkpoints/0400000.pt").name == "0400000.pt"
+    assert S.find_checkpoint("hf:black-forest-labs/FLUX.1-dev/vae").parent.name == "vae"
     assert [url.removeprefix("https://huggingface.co/") for url in urls] == [
         "REPA-E/sit-repae-invae/resolve/main/checkpoints/0400000.pt",
         "black-forest-labs/FLUX.1-dev/resolve/main/vae/config.json",
         "black-forest-labs/FLUX.1-dev/resolve/main/vae/diffusion_pytorch_model.safetensors"]
 
 
-def test_wrong_keys_are_named():
-    """A checkpoint of another network says which keys are missing, extra or misshapen, and loads nothing."""
-    net = torch.nn.Linear(2, 3)
-    before = net.weight.clone()
+def test_wrong_keys_are_named(tmp_path):
+    """Weights of another network are refused by the names that are missing, too many or misshapen;
+    a configuration by the field that is unknown."""
+    state, path = V.VAE(SMALL).state_dict(), tmp_path / "a.pt"
+    key = "decoder.conv_out.bias"
+    short = {name: value for name, value in state.items() if name != key}
+    for content in (short, state | {"decoder.more": torch.zeros(1)}, state | {key: torch.zeros(4)}):
+        torch.save(content, path)
+        with pytest.raises(ValueError) as caught:
+            S.load_vae(str(path))
+        one_line(caught, path, "decoder.more" if len(content) > len(state) else key)
+    torch.save({"vae": state, "vae_config": asdict(SMALL) | {"depth": 3}}, path)
     with pytest.raises(ValueError) as caught:
-        V.load_strict(net, {"weight": torch.zeros(3, 1), "more": torch.zeros(1)}, "a.pt")
-    one_line(caught, "a.pt", "1 missing (bias)", "1 unexpected (more)",
-             "1 misshapen (weight is float(3, 1), expected float(3, 2))")
-    assert torch.equal(net.weight, before)
-    with pytest.raises(ValueError) as caught:
-        V.config_from_dict(V.VAEConfig, {"ch": 1, "depth": 3})
-    one_line(caught, "VAEConfig", "depth")
+        S.load_vae(str(path))
+    one_line(caught, path, "VAEConfig", "depth")
 
 
 class Malicious:
@@ -447,23 +462,37 @@ def test_bad_files(tmp_path):
     for content in files:
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            V.load_vae(str(path))
+            S.load_vae(str(path))
         one_line(caught, path)
     for content in ({"a": torch.zeros(1)}, {"state_dict": torch.zeros(2)}, [1, 2], torch.zeros(2), {"vae_config": {}},
                     {"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3)}):
         torch.save(content, path)
         with pytest.raises(ValueError) as caught:
-            V.load_vae(str(path))
+            S.load_vae(str(path))
         one_line(caught)
     with pytest.raises(ValueError) as caught:
-        V.load_vae(str(tmp_path / "absent.pt"))
+        S.load_vae(str(tmp_path / "absent.pt"))
     one_line(caught, "absent.pt")
     assert not marker.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images.
+def test_a_flipped_bit(tmp_path):
+    """torch.load looks at no checksum: one wrong bit anywhere in the weights is refused here."""
+    path = tmp_path / "vae.pt"
+    torch.save(V.VAE(SMALL).state_dict(), path)
+    whole = path.read_bytes()
+    for k in range(1, 8):
+        raw = bytearray(whole)
+        raw[len(raw) * k // 8] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(ValueError) as caught:
+            S.load_vae(str(path))
+        one_line(caught, path)
+    path.write_bytes(whole)
+    assert V.load_pt(path).keys() == V.VAE(SMALL).state_dict().keys()
 
+
+# ---- Images --------------------------------------------------------------------
 
 def test_center_crop():
     """ADM's crop, on which every FID rests: identity at R, BOX when halving, the middle of what is longer."""
@@ -504,14 +533,27 @@ def test_folder(tmp_path):
 
     data = V.open_images(str(tmp_path), 32)
     assert data.classes == ["a cat", "b dog"] and len(data) == 8
-    images, labels = data[range(8)]
-    assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32) and labels.tolist() == [0] * 5 + [1] * 3
+    images, labels = V.fetch(data, range(8))
+    assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32)
+    assert labels.tolist() == data.labels.tolist() == [0] * 5 + [1] * 3
     for i, other in enumerate(images):
         expected = V.center_crop(picture if i < 5 else grey, 32)
         limit = 0.01 if i in (0, 3, 4, 6, 7) else 3                 # JPEG loses a little
-        assert (other.int() - expected.int()).abs().float().mean() < limit, data.files[i]
-    again, labels = data[[6, 0]]
+        assert (other.int() - expected.int()).abs().float().mean() < limit, data.samples[i]
+    again, labels = V.fetch(data, [6, 0])
     assert torch.equal(again, images[[6, 0]]) and labels.tolist() == [1, 0]
+
+
+def test_folders_without_classes(tmp_path):
+    """Images without class folders are one class; with no resolution they keep their own."""
+    image(8, 12).save(tmp_path / "loose.png")
+    loose = V.Folder(tmp_path)
+    assert loose.classes == [tmp_path.name] and loose.resolution == 8
+    assert V.fetch(loose, [0])[0].shape == (1, 3, 8, 8) and loose.labels.tolist() == [0]
+    assert V.Folder(tmp_path, 4)[0][0].shape == (3, 4, 4)
+    (tmp_path / "tree/cat").mkdir(parents=True)
+    image(8, 12).save(tmp_path / "tree/cat/0.png")
+    assert V.Folder(tmp_path / "tree").resolution == 256
 
 
 def test_bad_folders(tmp_path):
@@ -519,23 +561,74 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError) as caught:
         V.open_images(str(tmp_path / "absent"), 32)
     one_line(caught, tmp_path / "absent", "--data=tiny")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError) as caught:
-        V.Folder(tmp_path, 32)
-    one_line(caught, tmp_path, "no images")
-    image(8, 12).save(tmp_path / "loose.png")
-    loose = V.Folder(tmp_path)                                      # without class folders: one class, at its own size
-    assert loose.classes == [tmp_path.name] and loose[[0]][0].shape == (1, 3, 8, 8)
-    (tmp_path / "cat").mkdir()
+        V.Folder(tmp_path / "empty", 32)
+    one_line(caught, tmp_path / "empty", "no valid file", "expected images")
+    (tmp_path / "data/cat").mkdir(parents=True)
+    (tmp_path / "data/dog").mkdir()
+    image(64, 64).save(tmp_path / "data/dog/0.png")
     with pytest.raises(ValueError) as caught:
-        V.Folder(tmp_path, 32)
-    one_line(caught, tmp_path / "cat", "no images")
+        V.Folder(tmp_path / "data", 32)
+    one_line(caught, tmp_path / "data", "no valid file", "cat", "expected images in each folder")
     image(64, 64).save(tmp_path / "good.png")
-    whole = (tmp_path / "good.png").read_bytes()
-    for content in (b"", b"no image", whole[:100], whole[: len(whole) // 2], whole[:60] + b"??" + whole[62:]):
-        (tmp_path / "cat/1.png").write_bytes(content)
+    whole, path = (tmp_path / "good.png").read_bytes(), tmp_path / "data/cat/1.png"
+    middle = len(whole) // 2
+    for content in (b"", b"no image", whole[:100], whole[:middle], whole[:60] + b"??" + whole[62:]):
+        path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            V.Folder(tmp_path, 32)[[0]]
-        one_line(caught, tmp_path / "cat/1.png")
+            V.Folder(tmp_path / "data", 32)[0]
+        one_line(caught, path, "repair or remove it")
+
+
+class OneByOne:
+    """A data set of one's own with data[i] alone."""
+    classes, labels, resolution = ["a", "b"], [0, 1, 0], 4
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.full((3, 4, 4), i, dtype=torch.uint8), self.labels[i]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shapes", "npz", "own"])
+def test_data_sets(tmp_path, kind):
+    """data[i], fetch and torch's DataLoader, with workers too, give the same images and labels;
+    .labels, where it lists them, are these labels."""
+    if kind == "folder":
+        for i, name in enumerate(("cat", "dog", "cat")):
+            (tmp_path / name).mkdir(exist_ok=True)
+            image(9, 9, seed=i).save(tmp_path / name / f"{i}.png")
+        data = V.Folder(tmp_path, 8)
+    elif kind == "npz":
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / "x.npz", arr_0=pixels, arr_1=[1, 0, 1])
+        data = V.open_images(str(tmp_path / "x.npz"))
+    else:
+        data = V.Shapes(8) if kind == "shapes" else OneByOne()
+    images, labels = V.fetch(data, [2, 0, 1])
+    assert images.dtype == torch.uint8 and images.shape == (3, 3, data.resolution, data.resolution)
+    assert labels.dtype == torch.int64
+    for i, image_i, label in zip([2, 0, 1], images, labels):
+        assert torch.equal(data[i][0], image_i) and int(data[i][1]) == label
+        assert kind == "shapes" or int(data.labels[i]) == label
+    for workers in (0, 1):
+        loader = torch.utils.data.DataLoader(data, batch_sampler=[[2, 0], [1]], num_workers=workers,
+                                             collate_fn=V.collate)
+        (first, first_labels), (last, last_labels) = loader
+        assert torch.equal(torch.cat([first, last]), images)
+        assert torch.equal(torch.cat([first_labels, last_labels]), labels)
+
+
+def test_fingerprint():
+    """Another resolution, class or label is other data; the number of the drawn shapes counts."""
+    prints = [V.fingerprint(V.Shapes(32)), V.fingerprint(V.Shapes(64)),
+              V.fingerprint(V.Shapes(32, length=40_000))]
+    for classes, labels in ((["a", "b"], [0, 1]), (["a", "c"], [0, 1]), (["a", "b"], [1, 0])):
+        pack = V.Pack(np.zeros((2, 8, 8, 3), np.uint8), np.array(labels), classes)
+        prints.append(V.fingerprint(pack))
+    assert len(set(prints)) == len(prints) and V.fingerprint(V.Shapes(32)) == prints[0]
 
 
 def test_shapes():
@@ -543,9 +636,9 @@ def test_shapes():
     data = V.Shapes(32)
     images, labels, masks = data.draw(range(1000))
     for indices in ([999], [3, 998, 0], range(17, 50)):
-        alone, label = data[indices]
+        alone, label = V.fetch(data, indices)
         assert torch.equal(alone, images[list(indices)]) and torch.equal(label, labels[list(indices)])
-    assert torch.equal(V.Shapes(32, first=500)[[7]][0], images[[507]])
+    assert torch.equal(V.Shapes(32, first=500)[7][0], images[507])
     assert images.dtype == torch.uint8 and len(images.flatten(1).unique(dim=0)) == 1000
     count = torch.bincount(labels, minlength=10)                    # standard deviation: 9.5
     assert len(count) == 10 and len(data.classes) == 10 and (count - 100).abs().max() < 40

@@ -46,13 +46,13 @@ def test_processes_run_the_graphs_of_one(tmp_path):
     script.write_text(
         "import functools, sys, torch, train\n"
         "from pathlib import Path\n"
-        "from sample import start\n"
+        "from sample import init_distributed\n"
         "ddp, module = train.DistributedDataParallel, torch.nn.Module\n"
         "ddp.__init__ = functools.partialmethod(ddp.__init__, bucket_cap_mb=0.02)\n"
         "module.compile = functools.partialmethod(module.compile, backend='aot_eager')\n"
         "cfg = train.parse(train.Config, sys.argv[1:], train.PRESETS)\n"
         "Path(cfg.out).mkdir(exist_ok=True)\n"
-        "rank, world, device = start()\n"
+        "rank, world, device = init_distributed()\n"
         "train.run(cfg, rank, world, device)\n"
         "if rank == 0:\n"
         "    print('graphs', torch._dynamo.utils.counters['stats']['unique_graphs'])\n")

@@ -570,7 +570,7 @@ def test_arrays_of_another_run(tmp_path):
     assert S.open_array(file, np.uint8, (3, 2)).tolist() == [[0, 0], [7, 7], [0, 0]]
     with pytest.raises(ValueError) as caught:
         S.open_array(file, np.uint8, (4, 2))
-    one_line(caught, file, "[3, 2], expected [4, 2]: remove it")
+    one_line(caught, file, "uint8 [3, 2], expected uint8 [4, 2]: remove it")
 
 
 def test_cache_killed(tree, vae_file, tmp_path):

@@ -412,7 +412,8 @@ def load_reference(path, net, resolution, batch):
         if any(stats[name].dtype.kind != "f" for name in names if name != "n"):
             raise ValueError(f"{path}: mu and sigma must be floats")
         maker = str(held["network"]) if "network" in held else "inception"      # ADM's name none
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if "mu" in stats and (maker, len(stats["mu"])) != (net.name, net.dim):
             raise ValueError(f"{path} was made with {maker} features [{len(stats['mu'])}], not "
                              f"{net.name} [{net.dim}]: use --features={maker}, or make another "
@@ -530,7 +531,8 @@ def gen(path: str, *, ref: str, count: int = 0, features: str = "", weights: str
             data = Generated(model, labels, how)
             about = {**about, "step": model.step, "labels": labels, **how}
         fake = feature_stats(data, n, net, batch, f"{file} {how or ''}")
-        report(file, "gen", compare(fake, real, net), about, usual, header=i == 0)
+        stem = file if file.exists() else path.replace("/", "-")        # hf:...
+        report(stem, "gen", compare(fake, real, net), about, usual, header=i == 0)
 
 
 def ref(path: str, *, out: str, count: int = 0, resolution: int = 0, features: str = "",

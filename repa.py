@@ -191,8 +191,8 @@ def trained_once(kind, build, seed, draw, train, *recipe):
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         train(net)
-        torch.save(net.state_dict(), f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
+        torch.save(net.state_dict(), f"{file}.{os.getpid()}.tmp")
+        os.replace(f"{file}.{os.getpid()}.tmp", file)
     with reading(file, "a network that was trained here: remove it, it is made again"):
         load_weights(net, load_pt(file))
     return net.eval().requires_grad_(False)

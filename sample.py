@@ -13,6 +13,7 @@ on the way (sde: Euler-Maruyama, the paper's). Noise and label of image i depend
 """
 import argparse
 import copy
+import errno
 import inspect
 import json
 import math
@@ -635,22 +636,28 @@ def choose_label(protocol, seed, i, num_classes):
 
 
 def open_array(file, dtype, shape):
-    """A memory-mapped .npy that many processes fill: zeros where nothing was written. The disk
-    gives its blocks now: to write to a mapped file on a full disk is a bus error."""
-    if not file.exists():
-        np.lib.format.open_memmap(file, "w+", dtype, shape)
+    """A memory-mapped .npy that many processes open and fill: zeros where nothing was written. The
+    disk gives its blocks now: to write to a mapped file on a full disk is a bus error."""
+    file.touch()
+    if os.path.getsize(file) == 0:
+        with open(file, "r+b") as handle:       # the same bytes, if several machines come at once
+            about = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(handle, about)
+            handle.truncate(handle.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
     with reading(file, "an array that can be remade: remove it"):
         array = np.lib.format.open_memmap(file, "r+")
     if (array.shape, array.dtype) != (shape, dtype):
         expected = f"{np.dtype(dtype)} {list(shape)}"
         raise ValueError(f"{file} holds {array.dtype} {list(array.shape)}, expected {expected}: "
                          "remove it")
-    if hasattr(os, "posix_fallocate"):
+    size, held = os.path.getsize(file), getattr(os.stat(file), "st_blocks", 2**60) * 512
+    if held < size and hasattr(os, "posix_fallocate"):
         with open(file, "r+b") as handle:
             try:
-                os.posix_fallocate(handle.fileno(), 0, os.path.getsize(file))
-            except OSError as error:        # it names no file
-                raise OSError(error.errno, error.strerror, str(file)) from None
+                os.posix_fallocate(handle.fileno(), 0, size)
+            except OSError as error:            # some network file systems can't
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise OSError(error.errno, error.strerror, str(file)) from None
     return array
 
 
@@ -822,6 +829,10 @@ def sample(opt):
         labels = [chosen[i % len(chosen)] for i in range(opt.count)]
     side = model.sit.cfg.size * model.vae.cfg.downsampling
     raw = Path(f"{out}.rows.npy")
+    if rank == 0:
+        raw.unlink(missing_ok=True)                     # of a call that was interrupted
+    if world_size > 1:
+        dist.barrier()
     with rank0_first():
         rows = open_array(raw, np.uint8, (opt.count, side, side, 3))
     starts = range(rank, opt.count, world_size * opt.batch)

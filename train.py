@@ -257,7 +257,8 @@ def train_step(cfg, nets, opts, batches, draws):
 
     batches: iterator over image uint8 [B, 3, R, R], y [B] (and moments [B, 2, C, h, w] of a cache),
     draws: Draws of the share -> terms: means, scalars on the device; ok: bool tensor, False where a
-    value was not finite on any process: then nothing has changed.
+    value was not finite on any process: then nothing has changed, but for the discriminator's
+    running statistics, which are never read.
     """
     micro = draws.split(min(cfg.micro_batch, len(draws.t)))
     disc_learns = nets.disc is not None and draws.step >= cfg.gan_start - DISC_LEAD
@@ -654,10 +655,11 @@ def start_from(sit, name):
     fits = {key: given[key] for key in own if key in given and given[key].shape == own[key].shape}
     fresh = sorted(own.keys() - fits.keys())
     of_the_data = ("y_embedder.", "pos_embed", "projectors.")
-    wrong = [key for key in fresh if not key.startswith(of_the_data)]
+    differing = sorted((own.keys() | given.keys()) - fits.keys())
+    wrong = [key for key in differing if not key.startswith(of_the_data)]
     if wrong:
         raise ValueError(f"--init={name} does not fit --sit: {', '.join(wrong[:3])} and so on are "
-                         "missing or misshapen")
+                         "missing, too many or misshapen")
     load_weights(sit, own | fits)
     print(f"--init={name}: " + (f"starting afresh: {', '.join(fresh)}" if fresh else "all of SiT"))
 
@@ -776,6 +778,9 @@ def load_state(cfg, rank):
     with rank0_first():
         state = read_state(cfg.out, rank)
     if state is None:
+        if list(Path(cfg.out).glob("step_*.pt")):
+            raise ValueError(f"{cfg.out} holds snapshots but no state.pt to resume from: name "
+                             f"another --out, and --init={cfg.out} to start from its weights")
         return None
     if state["skipped"].shape != (2,):
         raise ValueError(f"{cfg.out} holds a state of another version: name another --out")
@@ -805,6 +810,8 @@ def restore(nets, opts, state):
     """The averages, and Adam's moments: rates and other settings come from the current run."""
     for name, opt in opts.items():
         opt.load_state_dict({**opt.state_dict(), "state": state[OPT_KEYS[name]]["state"]})
+        if 0 < len(opt.state) < len(opt.param_groups[0]["params"]):     # 0: it has not learned yet
+            raise ValueError(f"{OPT_KEYS[name]} is not whole")
         for p, moments in opt.state.items():
             shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
             if shapes != [p.shape, p.shape, ()] or not moments["step"].is_floating_point():
@@ -965,7 +972,8 @@ class Log:
 def run(cfg, rank, world, device, stop=lambda: False):
     """Trains to cfg.steps, from the state in cfg.out if there is one. -> False if stopped."""
     data = open_images(cfg.data, cfg.resolution)
-    state = load_state(cfg, rank)
+    with reading(cfg.out, RUN):
+        state = load_state(cfg, rank)
     first = state["steps"] if state else 0
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a "
@@ -1052,10 +1060,13 @@ def checkpoint(cfg, nets, opts, step, skipped, data, last):
 
 def header(cfg, world, first, data):
     """The first line of metrics.jsonl: what this run is."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                             capture_output=True).stdout.strip()
+    except OSError:                                     # no git on this machine
+        git = ""
     return {"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS,
-            "images": len(data), "data": fingerprint(data), "git": git.stdout.strip(),
+            "images": len(data), "data": fingerprint(data), "git": git,
             "threads": torch.get_num_threads()}
 
 
@@ -1106,8 +1117,8 @@ def pack(folder: str, out: str, resolution: int = 256):
             print(error, flush=True)
             labels[i] = -1
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(write, range(len(data))), "packing", len(data)):
-            pass
+        for first in tqdm(range(0, len(data), 1000), "packing", unit_scale=1000):
+            list(pool.map(write, range(first, min(first + 1000, len(data)))))
     images.flush()
     (out / "classes.json").write_text(json.dumps(data.classes))
     np.save(out / "labels.tmp.npy", labels)
@@ -1141,13 +1152,15 @@ def encode(vae: str, data: str, out: str, resolution: int = 0, batch: int = 64):
         side = images.resolution // net.cfg.downsampling
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "cache.json").exists():
-            (folder / "cache.tmp").write_text(json.dumps(about))
-            os.replace(folder / "cache.tmp", folder / "cache.json")
+            (folder / f"cache.{rank}.tmp").write_text(json.dumps(about))
+            os.replace(folder / f"cache.{rank}.tmp", folder / "cache.json")
         with reading(folder / "cache.json", "a cache of train.py encode: remove the folder"):
             found = json.loads((folder / "cache.json").read_text())
         if found != about:
             raise ValueError(f"{out} is a cache of another VAE or of other data: name another "
                              "folder")
+        if not (folder / "latents.npy").exists():               # then none is done
+            (folder / "done.npy").unlink(missing_ok=True)
         shape = N, 2, net.cfg.z_channels, side, side
         latents = open_array(folder / "latents.npy", np.float16, shape)
         done = open_array(folder / "done.npy", np.bool_, (N,))
@@ -1208,8 +1221,9 @@ def open_out(cfg, rank):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if rank == 0:
             lock(cfg.out)
-            for file in Path(cfg.out).rglob("*.tmp"):           # of a run that was killed
-                file.unlink()
+            for folder in (Path(cfg.out), Path(cfg.out) / "first-stage"):
+                for file in [*folder.glob("state.tmp"), *folder.glob("step_*.tmp")]:
+                    file.unlink()                               # of a run that was killed
     except OSError as error:
         raise ValueError(f"cannot write to --out={cfg.out} ({error.strerror}): name another "
                          "folder") from None

@@ -459,7 +459,8 @@ class Folder(ImageFolder):
                              "use --data=tiny")
         folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
         self.names = folders or [path.name]
-        with reading(path, "images in each folder"):
+        with reading(path, "images in each class folder: remove an empty one, or "
+                     "name the folder whose subfolders are the classes"):
             super().__init__(path if folders else path.parent, is_valid_file=self.is_image)
         self.labels = torch.tensor(self.targets)
         self.resolution = resolution or 256

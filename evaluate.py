@@ -695,7 +695,7 @@ COMMANDS = {"gen": gen, "ref": ref, "recon": recon, "align": align}
 
 @friendly
 def main(argv):
-    name, *words = argv or ["--help"]
+    name, *words = argv or ["none"]
     if name in ("-h", "--help"):
         return print(__doc__)
     if name not in COMMANDS:

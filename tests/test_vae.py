@@ -570,7 +570,7 @@ def test_bad_folders(tmp_path):
     image(64, 64).save(tmp_path / "data/dog/0.png")
     with pytest.raises(ValueError) as caught:
         V.Folder(tmp_path / "data", 32)
-    one_line(caught, tmp_path / "data", "no valid file", "cat", "expected images in each folder")
+    one_line(caught, tmp_path / "data", "no valid file", "cat", "expected images in each class folder")
     image(64, 64).save(tmp_path / "good.png")
     whole, path = (tmp_path / "good.png").read_bytes(), tmp_path / "data/cat/1.png"
     middle = len(whole) // 2

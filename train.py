@@ -713,15 +713,21 @@ def snapshot_of(cfg, nets, step, data):
             "versions": VERSIONS}
 
 
-def save(cfg, nets, opts, step, skipped, data, snapshot):
-    """Writes step_N.pt, if snapshot is True, and then state.pt, which completes the step."""
-    out = Path(cfg.out)
-    content = snapshot_of(cfg, nets, step, data)
-    if snapshot:
-        atomic_save(out / f"step_{step:07d}.pt", content)
+def save_snapshot(cfg, nets, step, data):
+    """Writes step_N.pt."""
+    atomic_save(snapshot_file(cfg, step), snapshot_of(cfg, nets, step, data))
+
+
+def snapshot_file(cfg, step):
+    return Path(cfg.out) / f"step_{step:07d}.pt"
+
+
+def save_state(cfg, nets, opts, step, skipped, data):
+    """Writes state.pt; the one before becomes state.prev.pt."""
     optimizers = {OPT_KEYS[name]: opt for name, opt in opts.items()}
-    state = content | {"model": nets.sit, "skipped": skipped, **optimizers}
-    atomic_save(out / "state.pt", state, keep=out / "state.prev.pt")
+    state = snapshot_of(cfg, nets, step, data) | {"model": nets.sit, "skipped": skipped.cpu()}
+    file = Path(cfg.out) / "state.pt"
+    atomic_save(file, state | optimizers, keep=file.with_name("state.prev.pt"))
 
 
 def atomic_save(file, content, keep=None):
@@ -1003,8 +1009,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
             if rank == 0 and (done or step % cfg.preview_every == 0):
                 with surviving("the preview"), torch.compiler.set_stance("force_eager"):
                     preview(cfg, step, nets, data, device)
-            if done or stopping or step % cfg.save_every == 0 or step % cfg.snapshot_every == 0:
-                checkpoint(cfg, nets, opts, step, skipped, data, done or stopping)
+        checkpoint(cfg, nets, opts, step, skipped, data, first, done or stopping)
         if done or stopping:
             return done
         r = draws(cfg, step, rank, world, latent, device)
@@ -1046,15 +1051,24 @@ def make_trainable(cfg, nets, state, rank, world, device):
     return opts
 
 
-def checkpoint(cfg, nets, opts, step, skipped, data, last):
-    """All processes compare their networks, the first one writes. last: the run ends here."""
-    check_replicas(nets)
-    skipped = skipped.cpu()
+def checkpoint(cfg, nets, opts, step, skipped, data, first, last):
+    """state.pt where it is due, then the snapshot; a run that was killed between the two writes
+    its snapshot when it goes on. All processes compare their networks, the first one writes."""
+    snapshot = last or step % cfg.snapshot_every == 0
+    state = step > first and (snapshot or step % cfg.save_every == 0)
+    snapshot = snapshot and step > 0 and (state or not snapshot_file(cfg, step).exists())
+    if state:
+        check_replicas(nets)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with surviving(f"the checkpoint of step {step}", last):
-            snapshot = last or step % cfg.snapshot_every == 0
-            save(cfg, nets, opts, step, skipped, data, snapshot)
-    if dist.is_initialized():
+        try:
+            with surviving(f"state.pt of step {step}", last):
+                if state:
+                    save_state(cfg, nets, opts, step, skipped, data)
+        finally:                                        # there may be room for the smaller file
+            with surviving(f"the snapshot of step {step}", last):
+                if snapshot:
+                    save_snapshot(cfg, nets, step, data)
+    if state and dist.is_initialized():
         dist.barrier()                                  # until the files are there
 
 

@@ -1,4 +1,5 @@
-"""The scripts are imported from the repository's root, with the number of threads the user asked for."""
+"""The scripts are imported from the repository's root. With several workers (-n auto) each of them,
+and each process that it starts, has one thread; else as many as OMP_NUM_THREADS says."""
 import os
 import sys
 from pathlib import Path
@@ -6,5 +7,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 if os.environ.get("OMP_NUM_THREADS", "").isdigit():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

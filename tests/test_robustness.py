@@ -164,7 +164,7 @@ def test_full_disk(tmp_path, snapshots):
         cwd=ROOT, text=True, capture_output=True, env=environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     said = done.stdout + done.stderr
-    assert said.count("could not write the checkpoint of step 6 (File too large)") == 1, said
+    assert said.count("could not write state.pt of step 6 (File too large)") == 1, said
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, said
     assert "step 0000009/0000009" in done.stdout                    # it went on to the end
     assert {name: (out / name).read_bytes() for name in good} == good
@@ -360,7 +360,7 @@ def test_nan_anywhere_skips_the_step(tmp_path, monkeypatch, where):
 
 
 POISONED = """import os, shutil, train
-calls, reconstruction_loss, save = [], train.reconstruction_loss, train.save
+calls, reconstruction_loss, save = [], train.reconstruction_loss, train.save_state
 
 def poisoned_loss(*args):
     calls.append(1)
@@ -371,7 +371,7 @@ def save_and_keep(cfg, nets, opts, step, *rest):
     save(cfg, nets, opts, step, *rest)
     shutil.copy(f"{cfg.out}/state.pt", f"{cfg.out}/kept-{step}.pt")
 
-train.reconstruction_loss, train.save = poisoned_loss, save_and_keep
+train.reconstruction_loss, train.save_state = poisoned_loss, save_and_keep
 train.main()
 """
 

@@ -615,8 +615,9 @@ def test_state_holds_what_its_method_has(tmp_path, method, absent):
     assert state.keys() == (SNAPSHOT | RESUMING) - absent
 
 
-def test_the_snapshot_is_written_before_the_state(tmp_path, monkeypatch):
-    """A state of step N is there only with its snapshot; no name ever holds half a file."""
+def test_a_kill_between_state_and_snapshot_loses_neither(tmp_path, monkeypatch):
+    """The state is written first, under another name, so no name ever holds half a file. Where a
+    kill came before the snapshot, the run writes it when it goes on."""
     renamed, replace_file = [], os.replace
 
     def spy(old, new):
@@ -625,8 +626,16 @@ def test_the_snapshot_is_written_before_the_state(tmp_path, monkeypatch):
     run(config(tmp_path / "run", "--steps=1"))
     monkeypatch.setattr(train.os, "replace", spy)
     run(config(tmp_path / "run", "--steps=2"))
-    assert renamed == [("step_0000002.tmp", "step_0000002.pt"), ("state.pt", "state.prev.pt"),
-                       ("state.tmp", "state.pt")]
+    assert renamed == [("state.pt", "state.prev.pt"), ("state.tmp", "state.pt"),
+                       ("step_0000002.tmp", "step_0000002.pt")]
+
+    snapshot = tmp_path / "run/step_0000002.pt"
+    whole = torch.load(snapshot, weights_only=True)
+    snapshot.unlink()
+    renamed.clear()
+    run(config(tmp_path / "run", "--steps=2"))
+    assert renamed == [("step_0000002.tmp", "step_0000002.pt")]
+    assert_equal(whole, torch.load(snapshot, weights_only=True))
 
 
 def test_a_polite_stop_leaves_a_snapshot(tmp_path):
@@ -789,8 +798,8 @@ def test_packed_training_equals_folder_training(tmp_path):
 @pytest.mark.parametrize("method", ["repa", "sit"])
 def test_cache_equals_encoding_on_the_fly(tmp_path, monkeypatch, method):
     """The second stage: a frozen VAE's cached latents, with the posterior's noise of the step,
-    give the losses that encoding gives, within float16's rounding. Another VAE's cache, or a
-    resume with another VAE, is refused."""
+    give the losses that encoding gives, within float16's rounding, and the same change of the
+    weights. Another VAE's cache, or a resume with another VAE, is refused."""
     run(config(tmp_path / "vae", "--method=vae", "--steps=3", "--lr_vae=1e-2"))
     train.pack(str(make_tree(tmp_path / "images")), str(tmp_path / "packed"), 32)
     data = {"repa": "tiny", "sit": str(tmp_path / "packed")}[method]
@@ -804,7 +813,12 @@ def test_cache_equals_encoding_on_the_fly(tmp_path, monkeypatch, method):
     for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-3) and a["v"] != 0
     assert_equal(encoded["vae"], read["vae"])
-    assert_close(encoded, read, ["ema"], 2e-3)
+    # AdamW divides a gradient by its own size: where it is nearly 0, float16's rounding turns a
+    # whole step. So what is compared is the weights' change as a whole.
+    start = run(config(tmp_path / "start", *frozen_vae, "--lr_sit=1e-12"))["model"]
+    changes = [torch.cat([(state["model"][key] - start[key]).flatten() for key in start
+                          if key.startswith("blocks")]) for state in (encoded, read)]
+    assert (changes[0] - changes[1]).norm() < 0.02 * changes[0].norm()
     run(config(tmp_path / "other", "--method=vae", "--steps=1", "--seed=5"))
     with pytest.raises(ValueError, match="cache of another VAE"):
         run(config(tmp_path / "c", *cached, f"--vae={tmp_path / 'other'}"))

@@ -25,6 +25,7 @@ import copy
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 from repa import TEACHERS, align_loss, load_teacher
 from sample import (PATIENCE, PUBLISHED, Pipeline, all_mean, autocast, can_compile, config_of,
-                    find_checkpoint, friendly, init_distributed, load_vae, nearest, open_array,
+                    find_checkpoint, friendly, init_distributed, load_vae, open_array,
                     parse, rank0_first, read_weights, save_grid, seed_of)
 from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
 from vae import (LPIPS, VAE, VAES, Discriminator, Folder, Shapes, VAEConfig,
@@ -340,16 +341,11 @@ def prepare(cfg, nets, batch, r):
 @torch.no_grad()
 def frozen_latents(vae, x, moments, noise):
     """z [B, C, h, w] of a VAE that is not trained: of images x, or of a cache's moments."""
+    if moments:
+        mean, std = moments[0].float().unbind(1)
+        return mean + std * noise
     with autocast(x.device):
-        return vae.sample(*posterior(vae, x, moments), noise)
-
-
-def posterior(vae, x, moments):
-    """Images x, or [moments] of a cache (mean and std) -> mean, logvar [B, C, h, w]."""
-    if not moments:
-        return vae.encode(x)
-    mean, std = moments[0].float().unbind(1)
-    return mean, 2 * std.log()
+        return vae.sample(*vae.encode(x), noise)
 
 
 @contextmanager
@@ -366,9 +362,9 @@ def frozen(*modules):
             p.requires_grad_(True)
 
 
-def parallel(network, world, device):
+def parallel(network, world_size, device):
     """The network under DDP, if there are several processes."""
-    if world == 1:
+    if world_size == 1:
         return network
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")      # renamed lately
     devices = [device] if device.type == "cuda" else None
@@ -445,9 +441,10 @@ def architecture(cfg):
     return depth, width, heads, patch, align_depth
 
 
-SHARES = ("label_drop", "ema", "vae_ema")
-MAY_BE_ZERO = (*SHARES, "align_sit", "align_vae", "lpips", "kl", "sigma", "gan", "gan_start",
-               "seed", "first_stage", "workers", "align_depth", "recompute")
+SHARES = ("label_drop", "ema", "vae_ema")                   # at least 0, below 1
+POSITIVE = ("resolution", "projector_width", "disc_ch", "steps", "batch", "micro_batch", "lr_sit",
+            "lr_vae", "lr_disc", "clip", "log_every", "preview_every", "preview_steps",
+            "preview_guidance", "save_every", "snapshot_every")
 
 
 def problems(cfg, world_size, vae_config=None):
@@ -482,22 +479,18 @@ def problems(cfg, world_size, vae_config=None):
 
 
 def wrong_values(cfg):
-    """Options that are out of their range, each by itself."""
+    """Numbers that are out of their range, each by itself."""
     found = []
     for name, value in asdict(cfg).items():
-        choices = get_args(Config.__annotations__[name])
+        if type(value) not in (int, float):
+            continue
         lowest = -1 if name == "gan_start" else 0
-        if choices:
-            if value not in choices:
-                found.append(f"--{name}={value}{nearest(str(value), choices)}")
+        if name in POSITIVE and not 0 < value < math.inf:
+            found.append(f"--{name}={value} must be positive")
         elif name in SHARES and not 0 <= value < 1:
             found.append(f"--{name}={value} must be at least 0 and below 1")
-        elif type(value) not in (int, float):
-            continue
-        elif name in MAY_BE_ZERO and not lowest <= value < math.inf:
+        elif not lowest <= value < math.inf:
             found.append(f"--{name}={value} must be at least {lowest}")
-        elif name not in MAY_BE_ZERO and not 0 < value < math.inf:
-            found.append(f"--{name}={value} must be positive")
     return found
 
 
@@ -505,10 +498,11 @@ def wrong_batch(cfg, world_size):
     """The batch must divide over the processes, each process's share over its micro-batches."""
     share, rest = divmod(cfg.batch, world_size)
     if rest:
-        fits = " or ".join(str(n * world_size) for n in (share, share + 1) if n)
-        return [f"--batch={cfg.batch} does not divide over {world_size} processes: try {fits}"]
+        below, above = cfg.batch - rest, cfg.batch - rest + world_size
+        return [f"--batch={cfg.batch} does not divide over {world_size} processes: try "
+                f"{below or above} or {above}"]
     if share % min(cfg.micro_batch, share):
-        best = max(n for n in range(1, cfg.micro_batch + 1) if share % n == 0)
+        best = max(n for n in range(1, cfg.micro_batch) if share % n == 0)
         return [f"--micro_batch={cfg.micro_batch} does not divide the {share} images of each "
                 f"process: try {best}"]
     return []
@@ -522,8 +516,8 @@ class Order(torch.utils.data.Sampler):
     """Index lists of this process's micro-batches, step after step, from first_step on.
     Each epoch is a permutation of its own."""
 
-    def __init__(self, length, cfg, rank, world, first_step, purpose="epoch"):
-        self.length, self.cfg, self.rank, self.world = length, cfg, rank, world
+    def __init__(self, length, cfg, rank, world_size, first_step, purpose="epoch"):
+        self.length, self.cfg, self.rank, self.world_size = length, cfg, rank, world_size
         self.first_step, self.purpose = first_step, purpose
 
     def permutation(self, epoch):
@@ -531,25 +525,29 @@ class Order(torch.utils.data.Sampler):
         return torch.randperm(self.length, generator=generator)
 
     def __iter__(self):
-        share, micro = self.cfg.batch // self.world, self.cfg.micro_batch
+        share = self.cfg.batch // self.world_size
         epoch = None
-        position = self.first_step * self.cfg.batch + self.rank * share
-        while True:
+        for step in itertools.count(self.first_step):
             rows = []
-            for i in range(position, position + share):
+            begin = step * self.cfg.batch + self.rank * share
+            for i in range(begin, begin + share):
                 if i // self.length != epoch:
                     epoch = i // self.length
                     indices = self.permutation(epoch)
                 rows.append(int(indices[i % self.length]))
-            yield from (rows[i : i + micro] for i in range(0, share, micro))
-            position += self.cfg.batch
+            yield from split(rows, self.cfg.micro_batch)
 
 
-def batches_of(data, cfg, rank, world, device, purpose="epoch", first_step=0):
+def split(rows, size):
+    """A list -> lists of `size` of its items."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def batches_of(data, cfg, rank, world_size, device, purpose="epoch", first_step=0):
     """Endless micro-batches (uint8 [B, 3, R, R], labels [B], what a cache adds) on the device."""
     workers = 0 if cfg.data == "tiny" else cfg.workers
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=Order(len(data), cfg, rank, world, first_step, purpose),
+        data, batch_sampler=Order(len(data), cfg, rank, world_size, first_step, purpose),
         collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
     for values in loader:
@@ -562,28 +560,29 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def draws(cfg, step, rank, world, latent, device, purpose="step"):
+def draws(cfg, step, rank, world_size, latent, device, purpose="step"):
     """All randomness of a step, this process's rows of it; latent: C, h, w -> Draws.
     The same for any number of processes; on another kind of GPU they may be others."""
     generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, purpose, step))
     B = cfg.batch
-    mine = slice(rank * B // world, (rank + 1) * B // world)
+    mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
     u = torch.rand(3, B, generator=generator, device=device)
     eps = torch.randn(B, *latent, generator=generator, device=device)
     noise = torch.randn(B, *latent, generator=generator, device=device)
     t = time_from_uniform(u[0], cfg.weighting, cfg.path)
+    drop = u[1] < cfg.label_drop
     flip = u[2] < (0.5 if cfg.hflip else 0.0)
-    return Draws(step, t[mine], eps[mine], noise[mine], (u[1] < cfg.label_drop)[mine], flip[mine])
+    return Draws(step, *[values[mine] for values in (t, eps, noise, drop, flip)])
 
 
 # ---- Building a run's networks --------------------------------------------------
 
-def build(cfg, data, state, world, device):
+def build(cfg, data, state, world_size, device):
     """-> Networks, without averages; cfg with gan_start decided; needs_statistics: bn has none yet.
     state: what state.pt holds, or None in a new run."""
     torch.manual_seed(seed_of(cfg.seed, "weights", 0))
     vae, stats, disc_state = build_vae(cfg, state)
-    if wrong := problems(cfg, world, vae.cfg):
+    if wrong := problems(cfg, world_size, vae.cfg):
         raise ValueError(wrong[0])
     sit = teacher = disc = lpips = None
     if cfg.trains_sit:
@@ -665,10 +664,10 @@ def start_from(sit, name):
 
 
 @torch.no_grad()
-def measure_statistics(sit, vae, batches, cfg, rank, world, latent, device, steps=8):
+def measure_statistics(sit, vae, batches, cfg, rank, world_size, latent, device, steps=8):
     """Where bn starts if no file of statistics is given: the latents of a few batches."""
     for step in range(steps):
-        r = draws(cfg, step, rank, world, latent, device, "statistics")
+        r = draws(cfg, step, rank, world_size, latent, device, "statistics")
         for part in r.split(min(cfg.micro_batch, len(r.t))):
             image, _, *moments = next(batches)
             sit.bn.normalise_batch(frozen_latents(vae, to_float(image), moments, part.noise))
@@ -756,27 +755,23 @@ def has_state(out):
 
 def read_state(out, rank):
     """The newest state of the run's folder that is whole, or None if there is none."""
-    damaged = None
-    for file in (Path(out) / "state.pt", Path(out) / "state.prev.pt"):
-        if not file.exists():
-            continue
-        try:
-            state = read_weights(file)
-        except ValueError as error:
-            cause = error.__cause__
-            damage = (None, errno.EINVAL, errno.ENOENT)     # EINVAL: a cut zip seeks anywhere
-            if isinstance(cause, OSError) and cause.errno not in damage:
-                raise                                       # the disk's fault: it may be whole
-            damaged = damaged or error
-            continue
-        if file.name != "state.pt" and rank == 0:
-            print(f"state.pt is {'damaged' if damaged else 'missing'}: resuming from {file}")
-            if damaged:                                     # else it would become the one before
-                os.replace(Path(out) / "state.pt", Path(out) / "damaged.pt")
-        return state
-    if damaged is not None:
-        raise damaged
-    return None
+    file, before, damage = Path(out) / "state.pt", Path(out) / "state.prev.pt", None
+    try:
+        if file.exists():
+            return read_weights(file)
+    except ValueError as error:
+        of_the_disk = isinstance(error.__cause__, OSError) and error.__cause__.errno != errno.EINVAL
+        if of_the_disk or not before.exists():      # EINVAL: a cut zip seeks anywhere
+            raise                                   # the disk's fault: the file may be whole
+        damage = error
+    if not before.exists():
+        return None
+    state = read_weights(before)
+    if rank == 0:
+        print(f"state.pt is {'damaged' if damage else 'missing'}: resuming from {before}")
+        if damage:                                  # else it would become the one before
+            os.replace(file, Path(out) / "damaged.pt")
+    return state
 
 
 def load_state(cfg, rank):
@@ -889,9 +884,9 @@ class PoliteStop:
     """SIGTERM and SIGINT ask for a stop: True on all processes once any of them was asked.
     Reduced on the CPU, so that no GPU waits. A second signal, 3 s later, ends the process."""
 
-    def __init__(self, world):
+    def __init__(self, world_size):
         self.asked = 0.0
-        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
@@ -910,16 +905,17 @@ class PoliteStop:
 # ---- The log --------------------------------------------------------------------
 
 class Log:
-    """Sums of scalars on the device; one reduction and one copy to the host a printed line."""
+    """Sums of scalars on the device, and of how many steps had them; one reduction and one copy to
+    the host a printed line."""
 
     def __init__(self, out, rank, device):
         self.out, self.rank, self.device = Path(out), rank, device
-        self.sums, self.count = {}, 0
+        self.sums, self.steps = {}, 0
         self.restart_clock()
 
     def restart_clock(self):
         """After the first step, whose time is torch.compile's."""
-        self.since, self.waited, self.untimed = time.time(), 0.0, self.count
+        self.since, self.waited, self.untimed = time.time(), 0.0, self.steps
 
     def timed(self, batches):
         """The same batches; the time to get one is waiting on data (a GPU may be busy then)."""
@@ -931,9 +927,10 @@ class Log:
 
     def add(self, ok, terms):
         """Scalars of a step, on the device; those of a skipped step do not count."""
-        for name, value in {**terms, "good": torch.ones_like(ok)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
-        self.count += 1
+        for name, value in terms.items():
+            pair = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, pair, 0.0)
+        self.steps += 1
 
     def write(self, line):
         with surviving("metrics.jsonl"):
@@ -943,9 +940,9 @@ class Log:
 
     def flush(self, step, cfg, skipped):
         """Prints the means since the last call in one line, and writes them as JSON."""
-        sums = dict(zip(self.sums, all_mean(torch.stack(list(self.sums.values()))).tolist()))
-        good, timed = max(sums.pop("good"), 1), max(self.count - self.untimed, 1)
-        mean = {name: value / good for name, value in sums.items()}
+        totals, counts = all_mean(torch.stack(list(self.sums.values()), 1))
+        mean = dict(zip(self.sums, (totals / counts.clamp(min=1)).tolist()))
+        timed = max(self.steps - self.untimed, 1)
         seconds = (time.time() - self.since) / timed
         line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / timed * 1e3,
                 "skipped": int(skipped[0])}
@@ -959,7 +956,7 @@ class Log:
             parts += [f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"]
             print(" | ".join(parts), flush=True)
         self.write(line)
-        self.sums, self.count = {}, 0
+        self.sums, self.steps = {}, 0
         self.restart_clock()
 
     @staticmethod
@@ -975,7 +972,7 @@ class Log:
 
 # ---- The run --------------------------------------------------------------------
 
-def run(cfg, rank, world, device, stop=lambda: False):
+def run(cfg, rank, world_size, device, stop=lambda: False):
     """Trains to cfg.steps, from the state in cfg.out if there is one. -> False if stopped."""
     data = open_images(cfg.data, cfg.resolution)
     with reading(cfg.out, RUN):
@@ -987,22 +984,22 @@ def run(cfg, rank, world, device, stop=lambda: False):
     if state and state["data"] != fingerprint(data):
         raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): "
                          "name another --out")
-    nets, cfg, needs_statistics = build(cfg, data, state, world, device)
+    nets, cfg, needs_statistics = build(cfg, data, state, world_size, device)
     check_room(cfg, nets)
     latent = (nets.vae.cfg.z_channels, *[cfg.resolution // nets.vae.cfg.downsampling] * 2)
     source = data
     if cfg.latents:
         source = CachedLatents(data, cfg.latents, nets.vae, images=nets.teacher is not None)
     if needs_statistics:
-        batches = batches_of(source, cfg, rank, world, device, "statistics")
-        measure_statistics(nets.sit, nets.vae, batches, cfg, rank, world, latent, device)
-    opts = make_trainable(cfg, nets, state, rank, world, device)
+        batches = batches_of(source, cfg, rank, world_size, device, "statistics")
+        measure_statistics(nets.sit, nets.vae, batches, cfg, rank, world_size, latent, device)
+    opts = make_trainable(cfg, nets, state, rank, world_size, device)
     skipped = state["skipped"].to(device) if state else torch.zeros(2, device=device)
     del state                                           # frees its memory
 
     log = Log(cfg.out, rank, device)
-    log.write(header(cfg, world, first, data))
-    batches = log.timed(batches_of(source, cfg, rank, world, device, "epoch", first))
+    log.write(header(cfg, world_size, first, data))
+    batches = log.timed(batches_of(source, cfg, rank, world_size, device, "epoch", first))
     for step in range(first, cfg.steps + 1):            # one turn more: the last preview and save
         done, stopping = step == cfg.steps, stop()
         if step > first:
@@ -1012,7 +1009,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
         checkpoint(cfg, nets, opts, step, skipped, data, first, done or stopping)
         if done or stopping:
             return done
-        r = draws(cfg, step, rank, world, latent, device)
+        r = draws(cfg, step, rank, world_size, latent, device)
         terms, ok = train_step(cfg, nets, opts, batches, r)
         skipped = torch.stack([skipped[0] + ~ok, torch.where(ok, 0.0, skipped[1] + 1)])
         log.add(ok, terms)
@@ -1025,7 +1022,7 @@ def run(cfg, rank, world, device, stop=lambda: False):
             give_up(cfg, step, rank, terms)
 
 
-def make_trainable(cfg, nets, state, rank, world, device):
+def make_trainable(cfg, nets, state, rank, world_size, device):
     """Averages, optimizers, what a resumed run restores, torch.compile, DDP. -> opts by name
 
     The averages are copied first: nothing of them is compiled."""
@@ -1047,7 +1044,7 @@ def make_trainable(cfg, nets, state, rank, world, device):
         compile_networks(cfg, nets)
     elif cfg.compile == "auto" and device.type == "cuda" and rank == 0:
         print("torch.compile is off: it needs a GPU since Volta, Triton, a C compiler and Python.h")
-    nets.ddp |= {name: parallel(getattr(nets, name), world, device) for name in trained}
+    nets.ddp |= {name: parallel(getattr(nets, name), world_size, device) for name in trained}
     return opts
 
 
@@ -1072,15 +1069,15 @@ def checkpoint(cfg, nets, opts, step, skipped, data, first, last):
         dist.barrier()                                  # until the files are there
 
 
-def header(cfg, world, first, data):
+def header(cfg, world_size, first, data):
     """The first line of metrics.jsonl: what this run is."""
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                              capture_output=True).stdout.strip()
     except OSError:                                     # no git on this machine
         git = ""
-    return {"config": asdict(cfg), "world": world, "from_step": first, "versions": VERSIONS,
-            "images": len(data), "data": fingerprint(data), "git": git,
+    return {"config": asdict(cfg), "world_size": world_size, "from_step": first,
+            "versions": VERSIONS, "images": len(data), "data": fingerprint(data), "git": git,
             "threads": torch.get_num_threads()}
 
 
@@ -1104,7 +1101,8 @@ def preview(cfg, step, nets, data, device):
         images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance,
                        batch=cfg.micro_batch)
         save_grid(f"{cfg.out}/samples_{step:07d}.png", images)
-    image = fetch(data, list(range(0, len(data), max(1, len(data) // 16)))[:16])[0].to(device)
+    spread = range(0, len(data), max(1, len(data) // 16))
+    image = fetch(data, list(spread)[:16])[0].to(device)
     rec = to_uint8(vae.decode(vae.encode(to_float(image))[0]))
     pairs = torch.stack([image, rec], 1).flatten(0, 1)
     save_grid(f"{cfg.out}/reconstructions_{step:07d}.png", pairs)
@@ -1157,30 +1155,17 @@ def encode(vae: str, data: str, out: str, resolution: int = 0, batch: int = 64):
     torch.backends.cudnn.allow_tf32 = False
     if vae in VAES:
         raise ValueError(f"{vae} has random weights: name a trained VAE")
+    folder = Path(out)
     with rank0_first():
-        net, images, folder = load_vae(vae)[0], open_images(data, resolution), Path(out)
+        net, images = load_vae(vae)[0], open_images(data, resolution)
         if images.resolution % net.cfg.downsampling:
             raise ValueError(f"{data} at {images.resolution} px: give --resolution=, a multiple of "
                              f"{net.cfg.downsampling}")
-        about, N = cache_about(images, net), len(images)
-        side = images.resolution // net.cfg.downsampling
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "cache.json").exists():
-            (folder / f"cache.{rank}.tmp").write_text(json.dumps(about))
-            os.replace(folder / f"cache.{rank}.tmp", folder / "cache.json")
-        with reading(folder / "cache.json", "a cache of train.py encode: remove the folder"):
-            found = json.loads((folder / "cache.json").read_text())
-        if found != about:
-            raise ValueError(f"{out} is a cache of another VAE or of other data: name another "
-                             "folder")
-        if not (folder / "latents.npy").exists():               # then none is done
-            (folder / "done.npy").unlink(missing_ok=True)
-        shape = N, 2, net.cfg.z_channels, side, side
-        latents = open_array(folder / "latents.npy", np.float16, shape)
-        done = open_array(folder / "done.npy", np.bool_, (N,))
+        latents, done = open_cache(folder, cache_about(images, net), net.cfg, images)
     net.to(device, memory_format=torch.channels_last).eval()
-    todo = [i for i in range(rank * N // world_size, (rank + 1) * N // world_size) if not done[i]]
-    todo = [todo[i : i + batch] for i in range(0, len(todo), batch)]
+    N = len(images)
+    mine = np.arange(rank * N // world_size, (rank + 1) * N // world_size)
+    todo = split(mine[~done[mine]].tolist(), batch)
     workers = min(8, os.cpu_count()) if isinstance(images, Folder) else 0
     loader = torch.utils.data.DataLoader(images, batch_sampler=todo, collate_fn=collate,
                                          num_workers=workers)
@@ -1192,14 +1177,38 @@ def encode(vae: str, data: str, out: str, resolution: int = 0, batch: int = 64):
     done.flush()
 
 
+def open_cache(folder, about, vae_config, images):
+    """A new cache, or one that `encode` has begun -> latents [N, 2, C, h, w], done [N], mapped."""
+    file = folder / "cache.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        temporary = folder / f"cache.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(about))
+        os.replace(temporary, file)
+    if read_about(folder) != about:
+        raise ValueError(f"{folder} is a cache of another VAE or of other data: name another "
+                         "folder")
+    if not (folder / "latents.npy").exists():                   # then none is done
+        (folder / "done.npy").unlink(missing_ok=True)
+    N, side = len(images), images.resolution // vae_config.downsampling
+    shape = N, 2, vae_config.z_channels, side, side
+    latents = open_array(folder / "latents.npy", np.float16, shape)
+    return latents, open_array(folder / "done.npy", np.bool_, (N,))
+
+
+def read_about(folder):
+    with reading(folder / "cache.json", "a cache of train.py encode: remove the folder"):
+        return dict(json.loads((folder / "cache.json").read_text()))
+
+
 class CachedLatents:
     """A data set with its cache: image, label, moments float16 [2, C, h, w] (mean, std).
     images=False leaves the files unread: images [B, 3, 0, 0]."""
 
     def __init__(self, data, folder, vae, images=True):
         self.data, self.file, self.images = data, Path(folder) / "latents.npy", images
+        about = read_about(self.file.parent)
         with reading(folder, "a cache of train.py encode"):
-            about = dict(json.loads((self.file.parent / "cache.json").read_text()))
             done = np.load(self.file.parent / "done.npy")
             np.load(self.file, mmap_mode="r")
         for what, own in cache_about(data, vae).items():
@@ -1249,8 +1258,8 @@ def main(argv):
     if argv and argv[0] in commands:
         return parse(commands[argv[0]], argv[1:])
     cfg = parse(Config, argv, PRESETS)
-    rank, world, device = init_distributed()
-    if found := problems(cfg, world):
+    rank, world_size, device = init_distributed()
+    if found := problems(cfg, world_size):
         raise ValueError("; ".join(found))
     if rank == 0:
         differs = {key: value for key, value in asdict(cfg).items()
@@ -1264,15 +1273,15 @@ def main(argv):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not cfg.deterministic      # shapes are fixed: try all kernels
 
-    stop, finished = PoliteStop(world), True
+    stop, finished = PoliteStop(world_size), True
     if cfg.first_stage and cfg.trains_sit and cfg.vae in VAES and not cfg.init:
         stage = first_stage_config(cfg)
         Path(stage.out).mkdir(exist_ok=True)
         if not has_state(cfg.out):
-            finished = run(stage, rank, world, device, stop)
+            finished = run(stage, rank, world_size, device, stop)
         cfg = replace(cfg, vae=stage.out, sigma=0.0)            # the stage's VAE carries its sigma
     if finished:
-        finished = run(cfg, rank, world, device, stop)
+        finished = run(cfg, rank, world_size, device, stop)
     if rank == 0 and finished:
         samples = f". Samples: python sample.py {cfg.out}" if cfg.trains_sit else ""
         print(f"done: {cfg.out}{samples}")

@@ -364,8 +364,8 @@ def worlds(root, seed: int = 0, tolerance: float = 1e-4):
              for name in ("one", "mixed")]
     one, mixed = ([(step, i) for step, _, rows in order for i in rows] for order in drawn)
     table.expect(len(one) == 12 * 8 and one == mixed, "the images or their order differ")
-    begun = [(line["world"], line["from_step"]) for line in lines(root / "mixed")
-             if "world" in line]
+    begun = [(line["world_size"], line["from_step"]) for line in lines(root / "mixed")
+             if "world_size" in line]
     table.expect(begun == [(1, 0), (2, 4), (1, 8)], f"ran as (ranks, first step) {begun}")
     one, mixed = ([line for line in lines(root / name) if "step" in line]
                   for name in ("one", "mixed"))

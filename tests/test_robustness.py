@@ -304,7 +304,7 @@ def test_a_log_is_enough_to_run_it_again(tmp_path):
     state = last(tmp_path / "a")
     assert_equal(state, last(tmp_path / "b"))
     first = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[0])
-    assert {"config", "versions", "git", "data", "threads", "world", "images"} <= first.keys()
+    assert {"config", "versions", "git", "data", "threads", "world_size", "images"} <= first.keys()
     assert first["data"] == state["data"] and first["config"]["seed"] == 0
 
 

@@ -669,7 +669,7 @@ def test_a_damaged_state_is_left_for_the_one_before(tmp_path, damage):
     assert torch.load(out / "state.prev.pt", weights_only=True)["steps"] == 3   # not the damaged one
     for name in ("state.pt", "state.prev.pt"):
         (out / name).write_bytes(damage((out / name).read_bytes()))
-    with pytest.raises(ValueError, match=r"state.pt") as caught:
+    with pytest.raises(ValueError, match=r"state.prev.pt") as caught:
         run(config(out))
     assert "\n" not in str(caught.value)
 

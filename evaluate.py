@@ -14,12 +14,13 @@ inner 17x17 map. IS, precision, recall: see below.
 
 N images, B in a batch, R their side; D features, their mean mu [D] and covariance sigma [D, D].
 """
-import functools
 import hashlib
+import functools
 import itertools
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -29,16 +30,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import BatchSampler
 from torchvision.models import inception as tv
 from tqdm import tqdm
 
-from repa import DINOv2, fit, load_teacher, trained_once
-from sample import (DECODED, SOLVERS, Options, autocast, check, choose_label, find_checkpoint,
-                    friendly, generators_of, init_distributed, load_pipeline, load_vae, nearest,
-                    parse, rank0_first, save_grid)
+from repa import DINOv2, draw_of, fit, load_teacher, trained_once
+from sample import (DECODED, SOLVERS, Options, autocast, check, check_side, choose_label,
+                    default_workers, find_checkpoint, friendly, generators_of, hub_files,
+                    init_distributed, load_batches, load_pipeline, load_vae, name_unreadable,
+                    nearest, parse, prepare_out, rank0_first, save_grid, snapshots_of)
 from sit import interpolate
-from vae import (LPIPS, Folder, Shapes, collate, fetch, load_pt, load_weights, open_images,
-                 open_npz, reading, to_float, to_uint8)
+from vae import (LPIPS, Folder, Shapes, fetch, fingerprint, load_pt, load_weights, open_images,
+                 reading, to_float, to_uint8, unwrap)
 
 HELD_OUT = 9_000_000    # the drawn shapes from here on: nothing is trained on them
 
@@ -52,8 +55,7 @@ def full_float32():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with (torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-              torch.autocast("cuda", enabled=False)):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -69,7 +71,7 @@ class Moments:
     def update(self, rows):
         """rows [B, D]: adds (1, x) (1, x)^T of each."""
         rows = F.pad(rows.double(), (1, 0), value=1)
-        self.sums.addmm_(rows.T, rows)
+        self.sums += rows.T @ rows
 
     def result(self):
         """-> mu [D], sigma [D, D] (by N - 1), float64 on the CPU, the same on all ranks."""
@@ -77,7 +79,8 @@ class Moments:
         if dist.is_initialized():
             dist.all_reduce(sums)
         sums = sums.cpu()
-        n, mu = sums[0, 0], sums[0, 1:] / sums[0, 0]
+        n = sums[0, 0]
+        mu = sums[0, 1:] / n
         return mu, (sums[1:, 1:] - n * mu.outer(mu)) / (n - 1)
 
 
@@ -113,48 +116,55 @@ def precision_recall(real, fake, k=3):
     """Kynkaanniemi et al. 2019: precision is the share of fake rows inside a ball of real; recall
     of real rows inside a ball of fake. A row's ball reaches to its k-th nearest neighbour in its
     own set. real [M, D], fake [N, D]."""
-    real, fake = real - real.mean(0), fake - real.mean(0)       # shorter vectors: less cancellation
+    center = real.mean(0)                       # shorter vectors: less cancellation
+    real, fake = real - center, fake - center
 
     def inside(a, b):
-        """Share of a's rows in a ball of b, a few rows at a time; the nearest is the row itself."""
-        few = max(1, 2**24 // len(b))
-        radii = [torch.cdist(x, b).topk(k + 1, largest=False).values[:, -1] for x in b.split(few)]
+        """The share of a's rows in a ball of b, a thousand rows at a time."""
+        # the nearest is the row itself: neighbour k is number k + 1
+        radii = [torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(1000)]
         radii = torch.cat(radii)
-        hits = [(torch.cdist(x, b) <= radii).any(1) for x in a.split(few)]
+        hits = [(torch.cdist(x, b) <= radii).any(1) for x in a.split(1000)]
         return torch.cat(hits).double().mean().item()
     return inside(fake, real), inside(real, fake)
 
 
 def psnr(a, b):
     """10 log10(255^2 / mean squared error) of uint8 [B, 3, H, W]; infinite for equal images."""
-    return 10 * (255**2 / (a.double() - b.double()).square().mean((1, 2, 3))).log10()
+    error = (a.double() - b.double()).square().mean((1, 2, 3))
+    return 10 * (255**2 / error).log10()
 
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 [B, 3, H, W], at least 11x11: Gaussian
     window of 11x11, sigma 1.5, inside the image; biased moments, mean over channels."""
     x = torch.arange(11, dtype=torch.float64, device=a.device) - 5
-    g = torch.exp(-(x**2) / (2 * 1.5**2))
-    g = (g / g.sum()).expand(3, 1, 1, 11)
+    window = torch.exp(-(x**2) / (2 * 1.5**2))
+    window = (window / window.sum()).expand(15, 1, 1, 11)       # of a row, for each channel
     a, b = a.double(), b.double()
-
-    def blur(v):
-        return F.conv2d(F.conv2d(v, g, groups=3), g.mT, groups=3)       # [B, 3, H - 10, W - 10]
-    ma, mb = blur(a), blur(b)
-    va, vb, vab = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return similarity.mean((1, 2, 3))
+    maps = torch.cat([a, b, a * a, b * b, a * b], 1)            # [B, 15, H, W]
+    maps = F.conv2d(F.conv2d(maps, window, groups=15), window.mT, groups=15)
+    mean_a, mean_b, aa, bb, ab = maps.chunk(5, 1)               # [B, 3, H - 10, W - 10]
+    squares = mean_a**2 + mean_b**2
+    product = mean_a * mean_b
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    luminance = (2 * product + c1) / (squares + c1)
+    structure = (2 * (ab - product) + c2) / (aa + bb - squares + c2)
+    return (luminance * structure).mean((1, 2, 3))
 
 
 def monitors(z):
     """Latents [B, C, h, w] -> [B, 2]: variance over positions, and total variation (the sum of
     |difference| of neighbours), means over channels. Both are 0 where latents collapse."""
     z = z.double()
-    variation = z.diff(dim=2).abs().sum((2, 3)) + z.diff(dim=3).abs().sum((2, 3))
-    return torch.stack([z.var((2, 3), correction=0), variation]).mean(2).T
+    variance = z.var((2, 3), correction=0)                      # [B, C]
+    down, right = z.diff(dim=2), z.diff(dim=3)
+    variation = down.abs().sum((2, 3)) + right.abs().sum((2, 3))
+    return torch.stack([variance.mean(1), variation.mean(1)], 1)
 
 
+@full_float32()
 def cknna(a, b, k=10):
     """Centred kernel nearest-neighbour alignment (Huh et al., 2405.07987, as in REPA): features
     [N, D], [N, d] of the same N images -> 1 for the same neighbourhoods, about 0 for unrelated
@@ -164,24 +174,30 @@ def cknna(a, b, k=10):
         CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), HSIC unbiased (Song et al. 2012, eq. 5)
     """
     n = len(a)
-    if len(b) != n or n <= max(k, 3):
-        raise ValueError(f"CKNNA with k = {k} needs {max(k, 3) + 1} images or more, twice the "
-                         f"same: {n} and {len(b)}")
+    if len(b) != n or n <= k:
+        raise ValueError(f"CKNNA with k = {k} needs {k + 1} images or more, twice the same: {n} "
+                         f"and {len(b)}")
 
     def kernel(x):
         """-> inner products, and whether j is among the k nearest of i: [N, N] each."""
         x = F.normalize(x.float(), dim=1)
         K = (x @ x.T).fill_diagonal_(-math.inf)                 # not the row itself
-        near = torch.zeros_like(K, dtype=torch.bool).scatter_(1, K.topk(k, dim=1).indices, True)
-        return K.fill_diagonal_(0), near
+        near = torch.zeros_like(K, dtype=torch.bool)
+        return K, near.scatter_(1, K.topk(k).indices, True)
 
     def hsic(K, L, near):
-        K, L = (K * near).double(), (L * near).double()
+        """Times n (n - 3), which cancels. Entries that are not near count as 0."""
+        i, j = near.nonzero(as_tuple=True)                      # at most n k pairs
+        K, L = K[i, j].double(), L[i, j].double()
+        trace = (K * L)[near[j, i]].sum()                       # of K L, as L_ji = L_ij
+        columns = j.bincount(K, n)                              # sums of K's columns, [N]
+        rows = i.bincount(L, n)                                 # sums of L's rows, [N]
         total = K.sum() * L.sum() / ((n - 1) * (n - 2))
-        return (K * L.T).sum() + total - 2 * K.sum(0) @ L.sum(1) / (n - 2)
-    (K, near_a), (L, near_b) = kernel(a), kernel(b)
-    both, aa, bb = hsic(K, L, near_a & near_b), hsic(K, K, near_a), hsic(L, L, near_b)
-    return float(both / (aa * bb).sqrt())                       # the factor 1 / (n (n - 3)) cancels
+        return trace + total - 2 * columns @ rows / (n - 2)
+    K, near_a = kernel(a)
+    L, near_b = kernel(b)
+    norm = (hsic(K, K, near_a) * hsic(L, L, near_b)).sqrt()
+    return float(hsic(K, L, near_a & near_b) / norm)
 
 
 # ---- Feature networks -----------------------------------------------------------
@@ -189,6 +205,22 @@ def cknna(a, b, k=10):
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
+
+
+def without_padding(branch, args):
+    """torchvision's mean of 3x3 pixels counts the padding's zeros, TensorFlow's does not."""
+    mean = args[0]                                              # [B, C, h, w]
+    share = F.avg_pool2d(torch.ones_like(mean[:1, :1]), 3, stride=1, padding=1)
+    return mean / share                                         # 1, 2/3 at edges, 4/9 in corners
+
+
+class MaxPooled(tv.InceptionE):
+    """The last block: it takes the maximum, a slip of the original that everyone keeps."""
+
+    def _forward(self, x):
+        *branches, _ = super()._forward(x)
+        maximum = F.max_pool2d(x, 3, stride=1, padding=1)
+        return [*branches, self.branch_pool(maximum)]
 
 
 class Inception(tv.Inception3):
@@ -199,24 +231,13 @@ class Inception(tv.Inception3):
         super().__init__(1008, aux_logits=False, init_weights=False)
         for block in self.children():
             if hasattr(block, "branch_pool"):
-                block.register_forward_pre_hook(self.keep_input)
-                block.branch_pool.register_forward_pre_hook(functools.partial(self.pool, block))
-
-    @staticmethod
-    def keep_input(block, args):
-        block.branch_pool.block_input = args[0]
-
-    def pool(self, block, branch, args):
-        """torchvision's mean counts the padding; Mixed_7c's maximum is a slip of the original."""
-        if block is self.Mixed_7c:
-            return F.max_pool2d(branch.block_input, 3, stride=1, padding=1)
-        return F.avg_pool2d(branch.block_input, 3, stride=1, padding=1, count_include_pad=False)
+                block.branch_pool.register_forward_pre_hook(without_padding)
+        self.Mixed_7c = MaxPooled(2048)
 
     @full_float32()
     def forward(self, images):
         """-> pooled [B, 2048] (FID, IS, precision, recall), spatial [B, 2023] (sFID)."""
         x = (resize_tf1(images.float(), 299) - 128) / 128
-        x = x.contiguous(memory_format=torch.channels_last)
         for name, block in list(self.named_children())[:-3]:    # avgpool, dropout and fc come last
             x = block(x)
             if name == "Mixed_6d":      # the first branch: TensorFlow's mixed_6/conv, as H W C
@@ -231,60 +252,64 @@ class Inception(tv.Inception3):
 
 def resize_tf1(x, size):
     """[B, C, H, W] -> [B, C, size, size] as TensorFlow 1 did: bilinear at src = dst (in / out)."""
-    def matrix(n):
-        src = torch.arange(size, dtype=torch.float32) * (n / size)      # rounded as in TensorFlow
+    for _ in ("columns", "rows"):
+        n = x.shape[3]
+        src = torch.arange(size, dtype=torch.float32, device=x.device) * (n / size)
         low = src.long()
-        high, w = (low + 1).clamp(max=n - 1), (src - low)[:, None]
-        return (F.one_hot(low, n) * (1 - w) + F.one_hot(high, n) * w).to(x)     # [size, n]
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).T
+        high = (low + 1).clamp(max=n - 1)
+        x = torch.lerp(x[..., low], x[..., high], src - low).mT
+    return x
 
 
 def load_inception(weights=""):
     """With its weights, from a local file or the internet, on the CPU."""
     net = Inception()
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(INCEPTION_URL)
-    file = weights or cached
+    file = Path(weights or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION_URL)}")
     with reading(file, f"the file of {INCEPTION_URL} (offline: --weights=FILE)"):
-        if not weights and not cached.exists():
-            torch.hub.load_state_dict_from_url(INCEPTION_URL, map_location="cpu", check_hash=True,
-                                               weights_only=True)
-        content = Path(file).read_bytes()
-        if not weights and not hashlib.sha256(content).hexdigest().startswith(cached.stem[-8:]):
+        if not weights and not file.exists():
+            torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if not weights and digest[:8] != file.stem[-8:]:
             raise ValueError("its hash differs: remove it")
-        load_weights(net, load_pt(file))
+        load_weights(net, unwrap(load_pt(file), list(net.state_dict())[:1], file))
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class TinyClassifier(nn.Module):
-    """Of the drawn shapes: features [B, 128], and which shape it is. It shares nothing with the
-    teacher (other layers, seed and images), which samples were trained to match."""
+    """Of the drawn shapes, or of a reference with labels: features [B, 128], and which class it is.
+    It shares no layers, seed and (shapes) images with the teacher, which samples were trained to
+    match."""
     name, metric, dim = "tiny", "FD-tiny", 128
 
-    def __init__(self):
+    def __init__(self, classes=Shapes.classes):
         super().__init__()
-        layers = []
-        for c_in, c_out, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2),
-                                    (128, 128, 1)):
+        self.classes = list(classes)
+        self.net = nn.Sequential()
+        for c_in, c_out in itertools.pairwise((3, 32, 32, 64, 64, 128, 128)):
+            stride = 1 if c_in == c_out else 2
             conv = nn.Conv2d(c_in, c_out, 3, stride, 1)
-            layers.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.GELU()))
-        self.net = nn.Sequential(*layers)
-        self.head = nn.Linear(self.dim, len(Shapes.classes))
+            self.net.append(nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.GELU()))
+        self.head = nn.Linear(self.dim, len(classes))
 
+    @full_float32()
     def forward(self, images):
         return (self.net(to_float(images)).mean((2, 3)),)
 
 
-def load_tiny_classifier(resolution, steps=800):
-    """From torch.hub's cache, or trained for it, about a minute: it names over 99% of new
-    images."""
-    data = Shapes(resolution, first=5_000_000)                  # used nowhere else
+def load_tiny_classifier(resolution, steps=800, data=None):
+    """From torch.hub's cache, or trained for it, about a minute: it names over 99% of new drawn
+    shapes. data: labelled images of this resolution, in their place."""
+    data = data or Shapes(resolution, first=5_000_000)          # used nowhere else
+    draw = draw_of(data)
 
     def train(net):
         def loss(indices):
-            images, labels = fetch(data, indices)
+            images, labels, _ = draw(indices)
             return F.cross_entropy(net.head(net(images)[0]), labels)
         fit(net, loss, "training the classifier", steps)
-    return trained_once("tiny_classifier", TinyClassifier, 1234, data.draw, train, steps)
+    build = functools.partial(TinyClassifier, data.classes)
+    recipe = steps, *getattr(draw, "recipe", ())
+    return trained_once("tiny_classifier", build, 1234, draw, train, *recipe)
 
 
 class ClassToken(nn.Module):
@@ -304,20 +329,23 @@ class ClassToken(nn.Module):
         return (self.teacher.net.forward_features(x)["x_norm_clstoken"],)
 
 
-FEATURES = {    # name: (resolution, weights, repo) -> network
-    "inception": lambda resolution, weights, repo: load_inception(weights),
-    "dinov2": lambda resolution, weights, repo: ClassToken(repo, weights),
-    "tiny": lambda resolution, weights, repo: load_tiny_classifier(resolution),
+FEATURES = {    # name: (resolution, weights, repo), and data if there are labels -> network
+    "inception": lambda resolution, weights, repo, data=None: load_inception(weights),
+    "dinov2": lambda resolution, weights, repo, data=None: ClassToken(repo, weights),
+    "tiny": lambda resolution, weights, repo, **data: load_tiny_classifier(resolution, **data),
 }
 
 
-def load_features(name, tiny, resolution, weights, repo, device):
-    """An entry of FEATURES; by default tiny for the drawn shapes, Inception elsewhere."""
+def load_features(name, tiny, resolution, weights, repo, device, data=None):
+    """An entry of FEATURES; by default tiny for the drawn shapes and for a reference that is a
+    folder (data), Inception elsewhere."""
     name = name or ("tiny" if tiny else "inception")
     if name not in FEATURES:
         raise ValueError(f"--features={name}{nearest(name, FEATURES)}")
     with rank0_first():
-        return FEATURES[name](resolution, weights, repo).to(device)
+        more = {"data": data} if data is not None else {}
+        net = FEATURES[name](resolution, weights, repo, **more)
+    return net.to(device).requires_grad_(False)
 
 
 # ---- Statistics over ranks ------------------------------------------------------
@@ -327,21 +355,20 @@ class Generated:
     rest."""
 
     def __init__(self, model, protocol, how):
-        self.model, self.protocol, self.how, self.classes = model, protocol, how, model.classes
+        self.model, self.protocol, self.how = model, protocol, how
+        self.classes = model.classes
         self.resolution = model.sit.cfg.size * model.vae.cfg.downsampling
 
     def __getitems__(self, indices):
-        seed, count = self.how["seed"], len(self.classes)
-        labels = [choose_label(self.protocol, seed, i, count) for i in indices]
+        seed = self.how["seed"]
+        labels = [choose_label(self.protocol, seed, i, len(self.classes)) for i in indices]
         return self.model.batch(indices, labels, **self.how), torch.tensor(labels)
 
 
 def open_data(path, resolution, count=0):
     """tiny (held-out images), an .npz, a pack or a folder -> at least count of its images."""
-    if path == "tiny":
-        data = Shapes(resolution or 32, 10_000, HELD_OUT)
-    else:
-        data = open_images(path, resolution)
+    held_out = Shapes(resolution or 32, 10_000, HELD_OUT)
+    data = held_out if path == "tiny" else open_images(path, resolution)
     if len(data) < count:
         raise ValueError(f"{path} holds {len(data)} images, expected at least {count}")
     return data
@@ -352,84 +379,94 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-@torch.no_grad()
-def extract_features(data, n, batch, title, device, of_batch):
-    """of_batch(indices, images [B, 3, R, R], labels [B]) -> rows to keep [B, K], features [B,
-    D]..., for the first n images, shared out to the ranks -> rows, float32 [n, K] in the images'
-    order, and mu, sigma of each kind of features."""
+def batches(data, n, batch, title, device):
+    """This rank's share of the first n images: their numbers, images uint8 [B, 3, R, R], labels
+    [B]."""
     rank, world_size = ranks()
-    if n < max(2, world_size):
+    if n < max(4, world_size):          # a row, and 3 neighbours for precision and recall
         raise ValueError(f"{n} images are too few (for {world_size} processes)")
-    if batch < 1:
-        raise ValueError(f"--batch={batch}: expected at least 1")
-    step, rows = batch * world_size, None
-    shares = [range(i, min(i + step, n), world_size) for i in range(rank, n, step)]
-    workers = min(8, os.cpu_count()) if isinstance(data, Folder) else 0         # they decode ahead
-    loader = torch.utils.data.DataLoader(data, batch_sampler=[list(share) for share in shares],
-                                         num_workers=workers, collate_fn=collate)
-    bar = tqdm(shares, title, leave=False, disable=rank > 0)
-    for share, (images, labels) in zip(bar, loader):
-        kept, *features = of_batch(share, images.to(device), labels.to(device))
-        if rows is None:
-            rows = torch.zeros(n, kept.shape[1], device=device)
-            moments = [Moments(x.shape[1], device) for x in features]
-        rows[list(share)] = kept.float()
-        for m, x in zip(moments, features):
-            m.update(x)
+    order = BatchSampler(range(rank, n, world_size), batch, drop_last=False)
+    loaded = load_batches(data, order, batch, default_workers(data), device)
+    bar = tqdm(loaded, title, len(order), leave=False, disable=rank > 0)
+    for indices, (images, labels) in zip(order, bar):
+        yield indices, images, labels
+    name_unreadable(data, set(), rank, device)
+
+
+def all_rows(parts, n):
+    """The rows of this rank's images, batch by batch -> those of all ranks, float32 [n, ...], in
+    the images' order."""
+    rank, world_size = ranks()
+    own = torch.cat(parts).float()
+    rows = own.new_zeros(n, *own.shape[1:])
+    rows[rank::world_size] = own
     if world_size > 1:
         dist.all_reduce(rows)                                   # each row is 0 but on one rank
-    return rows, *itertools.chain(*(m.result() for m in moments))
+    return rows
 
 
+@torch.no_grad()
 def feature_stats(data, n, net, batch, title, keep=True):
-    """The first n images -> a dict: n, mu, sigma, Inception's mu_s, sigma_s, rows [N, D] if they
-    are to be kept, and for the drawn shapes labels [N]."""
-    @full_float32()
-    def one_batch(indices, images, labels):
-        features = net(images)
-        kept = features[0] if keep else features[0][:, :0]
-        return torch.cat([labels[:, None], kept], 1), *features
+    """The first n images -> a dict: mu [D], sigma [D, D]; Inception's mu_s, sigma_s; if they are
+    to be kept rows [n, D], and of the drawn shapes labels [n]."""
     device = next(net.parameters()).device
-    rows, *moments = extract_features(data, n, batch, title, device, one_batch)
-    stats = {"n": n, "rows": rows[:, 1:], **dict(zip(("mu", "sigma", "mu_s", "sigma_s"), moments))}
-    if isinstance(net, TinyClassifier) and data.classes == Shapes.classes:
-        stats["labels"] = rows[:, 0]
+    moments, rows, classes = None, [], []
+    for _, images, labels in batches(data, n, batch, title, device):
+        features = net(images)                                  # [B, D], one for each kind
+        moments = moments or [Moments(x.shape[1], device) for x in features]
+        for m, x in zip(moments, features):
+            m.update(x)
+        if keep:
+            rows.append(features[0])
+            classes.append(labels)
+
+    stats = {}
+    for end, m in zip(("", "_s"), moments):
+        stats["mu" + end], stats["sigma" + end] = m.result()
+    if keep:
+        stats["rows"] = all_rows(rows, n)
+    if keep and data.classes in (Shapes.classes, getattr(net, "classes", None)):
+        stats["labels"] = all_rows(classes, n)
+    return stats
+
+
+def stated_statistics(path, arrays, net):
+    """The statistics that an .npz states itself: mu, sigma, mu_s, sigma_s, or none."""
+    stats = {}
+    for end in ("", "_s"):
+        if "mu" + end in arrays:
+            mu, sigma = arrays["mu" + end], arrays["sigma" + end]
+            kinds = mu.dtype.kind + sigma.dtype.kind
+            if kinds != "ff" or sigma.shape != 2 * mu.shape:
+                raise ValueError(f"{path}: sigma{end} is {sigma.shape} ({sigma.dtype}), mu{end} "
+                                 f"{mu.shape} ({mu.dtype}), expected floats [D, D] and [D]")
+            stats |= {"mu" + end: mu, "sigma" + end: sigma}
+    network = str(arrays.get("network", "inception"))           # ADM's files name none
+    if stats and (network, len(stats["mu"])) != (net.name, net.dim):
+        raise ValueError(f"{path} was made with {network} features [{len(stats['mu'])}], not "
+                         f"{net.name} [{net.dim}]: use --features={network}, or make another "
+                         "reference (evaluate.py ref)")
     return stats
 
 
 def load_reference(path, net, resolution, batch):
-    """tiny, or an .npz -> its statistics under this network: those that the file states (ADM's do,
-    of more images than they hold), else those of its images."""
-    if path == "tiny":                          # its images never change, the network may
-        weights = b"".join(t.cpu().numpy().tobytes() for t in net.state_dict().values())
-        data = open_data(path, resolution)
-        stats = feature_stats(data, len(data), net, batch, "reference")
-        return stats | {"sha256": hashlib.sha256(weights).hexdigest()}
-    with reading(path, "a reference (.npz)"):
-        held = np.load(path)
-        names = [name for name in ("mu", "sigma", "mu_s", "sigma_s", "n") if name in held]
-        stats = {name: held[name] for name in names}
-        if any(stats[name].dtype.kind != "f" for name in names if name != "n"):
-            raise ValueError(f"{path}: mu and sigma must be floats")
-        maker = str(held["network"]) if "network" in held else "inception"      # ADM's name none
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if "mu" in stats and (maker, len(stats["mu"])) != (net.name, net.dim):
-            raise ValueError(f"{path} was made with {maker} features [{len(stats['mu'])}], not "
-                             f"{net.name} [{net.dim}]: use --features={maker}, or make another "
-                             "reference (evaluate.py ref)")
-        for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
-            if mu in stats and stats[sigma].shape != 2 * stats[mu].shape:
-                raise ValueError(f"{path}: {sigma} is {stats[sigma].shape}, expected "
-                                 f"{2 * stats[mu].shape}")
-    if "arr_0" in held:
-        images = open_npz(path)
-        if images.resolution != resolution:
-            raise ValueError(f"{path} holds images of {images.resolution} px, the samples have "
-                             f"{resolution}")
+    """tiny, a folder or an .npz -> its statistics under this network: those that the file states
+    (ADM's do, of more images than they hold), else those of its images."""
+    if path == "tiny" or os.path.isdir(path):   # the digest is of the network, and names
+        stats, images = {}, open_data(path, resolution)
+        content = nn.utils.parameters_to_vector(net.parameters()).cpu().numpy().tobytes()
+        content += b"" if path == "tiny" else fingerprint(images).encode()
+    else:
+        with reading(path, "a reference (.npz)"):
+            arrays = np.load(path)
+            content = Path(path).read_bytes()
+            stats = stated_statistics(path, arrays, net)
+            images = open_images(path, resolution) if "arr_0" in arrays else None
+    digest = hashlib.sha256(content).hexdigest()
+    if images:
         own = feature_stats(images, len(images), net, batch, "reference")
-        stats = {"rows": own["rows"], **stats} if "mu" in stats else own
-    if "mu" not in stats:
+        stats = stats | {"rows": own["rows"]} if stats else own
+    if not stats:
         raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
     return stats | {"sha256": digest}
 
@@ -441,35 +478,44 @@ def compare(fake, real, net):
         values["sFID"] = frechet(fake["mu_s"], fake["sigma_s"], real["mu_s"], real["sigma_s"])
     if isinstance(net, Inception):
         values["IS"] = inception_score(net.logits(fake["rows"]))
-    if min(len(fake["rows"]), len(real.get("rows", ()))) > 3:
+    if "rows" in real:
         values["precision"], values["recall"] = precision_recall(real["rows"], fake["rows"])
-    if "labels" in fake:
+    if isinstance(net, TinyClassifier) and "labels" in fake:
         hits = net.head(fake["rows"]).argmax(1) == fake["labels"]
         values["accuracy"] = hits.double().mean().item()
     return values
 
 
+def stem_of(name):
+    """How the names of reports begin: beside a local checkpoint or local images, where that folder
+    can be written; else in the folder where the command was called."""
+    path = Path(name).expanduser()
+    if path.is_dir() and checkpoints(path):
+        path = find_checkpoint(path)
+    if not path.exists() or not os.access(path.parent, os.W_OK):
+        path = Path(re.sub(r"[/\\:]+", "-", str(name).strip("/")))
+    return str(path).removesuffix(".pt").removesuffix(".npz")
+
+
 def report(stem, command, values, settings, usual, header=True):
     """Prints a line of a table, above it what all its lines share, below it values that are lists;
     appends an entry to a JSON beside the checkpoint."""
-    if ranks()[0] > 0:
-        return
     varying = ("step", "guidance", "low", "high")
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    line = {name: value for name, value in settings.items() if name in varying}
-    line |= {name: value for name, value in values.items() if name not in lists}
-    widths = {name: max(len(name) + 2, 12) for name in line}
+    line = {name: settings[name] for name in varying if name in settings} | values
+    lists = {name: line.pop(name) for name in values if isinstance(values[name], list)}
     if header:
         print("  ".join(f"{name}: {v}" for name, v in settings.items() if name not in varying))
         if settings["N"] < usual:
             print(f"warning: N = {settings['N']:,} is few: use {usual:,}, or compare with values "
                   "of the same N only")
-        print("".join(name.rjust(widths[name]) for name in line))
-    cells = {name: f"{v:.4f}" if isinstance(v, float) else str(v) for name, v in line.items()}
-    print("".join(cell.rjust(widths[name]) for name, cell in cells.items()), flush=True)
+        print("".join(f"  {name:>10}" for name in line))
+    for name, value in line.items():
+        cell = f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(f"  {cell:>{max(len(name), 10)}}", end="")
+    print(flush=True)
     for name, value in lists.items():
         print(f"{name}: " + " ".join(f"{v:.3f}" for v in value))
-    file = Path(f"{str(stem).removesuffix('.pt').removesuffix('.npz')}.{command}.json")
+    file = Path(f"{stem}.{command}.json")
     earlier = json.loads(file.read_text()) if file.exists() else []
     file.write_text(json.dumps([*earlier, {"values": values, **settings}], indent=1))
 
@@ -482,7 +528,7 @@ def sweep(path, guidance, interval, solver, steps, seed, batch):
     for text, bounds in itertools.product(guidance.split(","), interval.split(",")):
         try:
             scale = float(text)
-            low, high = map(float, (bounds if scale > 1 else "0:1").split(":"))
+            low, high = map(float, (bounds if scale != 1 else "0:1").split(":"))
         except ValueError:
             raise ValueError(f"--guidance={guidance} --interval={interval}: expected numbers, as "
                              "in 1,2.2 and 0:1,0.1:0.8") from None
@@ -493,109 +539,132 @@ def sweep(path, guidance, interval, solver, steps, seed, batch):
     return settings
 
 
+def checkpoints(path, curve=False):
+    """A checkpoint; of a run's folder the newest, or (curve) all snapshots. Nothing for images."""
+    folder = Path(path)
+    if folder.is_dir():
+        states = [folder / name for name in ("state.prev.pt", "state.pt")]
+        found = snapshots_of(folder) or [file for file in states if file.exists()]
+        return found if curve else found[-1:]
+    is_name = hub_files(str(path)) is not None and not folder.exists()
+    return [path] if is_name or folder.suffix in (".pt", ".pth") else []
+
+
 def gen(path: str, *, ref: str, count: int = 0, features: str = "", weights: str = "",
         repo: str = "", vae: str = "", curve: bool = False, solver: Literal["", *SOLVERS] = "",
         steps: int = 0, guidance: str = "1", interval: str = "0:1",
         labels: Literal["random", "balanced"] = "random", seed: int = 0, batch: int = 64):
     """Metrics of a model's images, or of images in a file or folder, against a reference.
 
-    path: a checkpoint, a run's folder (curve: all its snapshots), or images. ref: an .npz or tiny.
+    path: a checkpoint, a run's folder (curve: all its snapshots), or images. ref: an .npz, tiny, or
+    a folder of labelled images (a small classifier is trained on them, unless features says else).
     count: 0 is 50,000 (tiny: 1,000; given images: all). solver, steps: default sde, 250 (tiny: ab2,
     50). guidance 1,1.5,2 and interval 0:1,0.1:0.8 are sweeps. features: of FEATURES; weights, repo:
     local files of that network. labels balanced: each class equally often.
     """
-    device = init_distributed()[2]
-    folder = Path(path)
-    files = [folder] if folder.suffix in (".pt", ".pth") else sorted(folder.glob("step_???????.pt"))
-    files = files or sorted(folder.glob("state*.pt"))[-1:]      # state.pt, else state.prev.pt
-    files = files if curve else files[-1:]
-    load = functools.lru_cache(1)(lambda file: load_pipeline(file, device, vae))
-    tiny = ref == "tiny" or bool(files) and load(files[0]).config.get("data") == "tiny"
-    usual = 1000 if tiny else 50_000
+    rank, _, device = init_distributed()
+    files = checkpoints(path, curve)
     if files:
-        how = sweep(path, guidance, interval, solver or ("ab2" if tiny else "sde"),
-                    steps or (50 if tiny else 250), seed, batch)
-        runs = list(itertools.product(files, how))
-        data = Generated(load(files[0]), labels, {})
-        n = count or usual
+        model = load_pipeline(files[0], device, vae)
+        data = Generated(model, labels, {})
+        tiny = "tiny" in (ref, model.config.get("data"))
     else:
-        runs = [(folder, None)]
         data = open_data(path, 0, count)
-        n = count or len(data)
-    net = load_features(features, tiny, data.resolution, weights, repo, device)
+        if isinstance(data, Folder):
+            data.resolution = data.own_size()
+        tiny = ref == "tiny"
+    images = open_data(ref, data.resolution) if os.path.isdir(ref) else None
+    tiny = tiny or images is not None
+    usual, usual_solver, usual_steps = (1000, "ab2", 50) if tiny else (50_000, "sde", 250)
+    n = count or (usual if files else len(data))
+    settings = sweep(path, guidance, interval, solver or usual_solver, steps or usual_steps, seed,
+                     batch)
+    net = load_features(features, tiny, data.resolution, weights, repo, device, images)
     real = load_reference(ref, net, data.resolution, batch)
-    about = {"N": n, "reference": ref, "sha256": real["sha256"][:12], "features": net.name}
-    for i, (file, how) in enumerate(runs):
-        if how:
-            model = load(file).prepare(n)                       # a sweep reads its checkpoint once
-            data = Generated(model, labels, how)
-            about = {**about, "step": model.step, "labels": labels, **how}
-        fake = feature_stats(data, n, net, batch, f"{file} {how or ''}")
-        stem = file if file.exists() else path.replace("/", "-")        # hf:...
-        report(stem, "gen", compare(fake, real, net), about, usual, header=i == 0)
+
+    def runs():
+        """What is measured: where its report goes, a data set, what the report says of it."""
+        for file in files:
+            model = load_pipeline(file, device, vae).prepare(n)
+            for how in settings:
+                about = {"step": model.step, "labels": labels, **how}
+                yield stem_of(file), Generated(model, labels, how), about
+        if not files:
+            yield stem_of(path), data, {}
+    shared = {"N": n, "reference": ref, "sha256": real["sha256"][:12], "features": net.name}
+    for i, (stem, data, about) in enumerate(runs()):
+        fake = feature_stats(data, n, net, batch, stem)
+        if rank == 0:
+            report(stem, "gen", compare(fake, real, net), shared | about, usual, header=i == 0)
+
+
+def spread(n, count):
+    """At most count numbers of 0..n-1, evenly spread."""
+    return np.linspace(0, n - 1, min(n, count)).round().astype(int).tolist()
 
 
 def ref(path: str, *, out: str, count: int = 0, resolution: int = 0, features: str = "",
         weights: str = "", repo: str = "", batch: int = 64):
     """Writes a reference: statistics of all images and 10,000 of the images, spread evenly, in
     ADM's layout. resolution: to which a folder's images are cropped; 0: 256."""
-    device = init_distributed()[2]
+    rank, _, device = init_distributed()
     data = open_data(path, resolution, count)
+    prepare_out(out)
     n = count or len(data)
     net = load_features(features, path == "tiny", data.resolution, weights, repo, device)
     stats = feature_stats(data, n, net, batch, "reference", keep=False)
-    if ranks()[0] > 0:
+    if rank > 0:
         return
-    kept = np.linspace(0, n - 1, min(n, 10_000)).round().astype(int).tolist()
-    images = np.stack([fetch(data, [i])[0][0].permute(1, 2, 0).numpy() for i in kept])
-    stats = {name: value for name, value in stats.items() if name not in ("rows", "labels")}
-    np.savez(f"{out}.tmp.npz", arr_0=images, network=net.name, **stats)
+    images = fetch(data, spread(n, 10_000))[0].permute(0, 2, 3, 1)
+    np.savez(f"{out}.tmp.npz", arr_0=images.numpy(), network=net.name, n=n, **stats)
     os.replace(f"{out}.tmp.npz", out)
-    print(f"{out}: {net.name} statistics of {n:,} images, {len(kept):,} of the images")
+    print(f"{out}: {net.name} statistics of {n:,} images, {len(images):,} of the images")
 
 
 def principal_colors(z, side):
     """Latents [M, C, h, w] -> uint8 [M, 3, side, side]: their first three principal components as
     red, green, blue."""
-    flat = z.permute(0, 2, 3, 1).flatten(0, 2)                  # [M h w, C]
-    components = torch.linalg.eigh(flat.T.cov())[1].flip(1)[:, :3]
-    rgb = (flat - flat.mean(0)) @ components
-    low, high = torch.from_numpy(np.quantile(rgb.numpy(), (0.01, 0.99), 0).astype(np.float32))
+    flat = z.transpose(0, 1).flatten(1)                         # [C, M h w]
+    directions = torch.linalg.eigh(flat.cov()).eigenvectors.flip(1)[:, :3]
+    rgb = directions.T @ flat                                   # [3, M h w]
+    low, high = rgb.quantile(torch.tensor([0.01, 0.99]), 1, keepdim=True)
     rgb = (rgb - low) / (high - low) * 2 - 1
-    rgb = rgb.view(len(z), *z.shape[2:], 3).permute(0, 3, 1, 2)
-    return to_uint8(F.interpolate(rgb, (side, side), mode="nearest"))
+    rgb = rgb.view(3, len(z), *z.shape[2:]).transpose(0, 1)     # [M, 3, h, w]
+    return to_uint8(F.interpolate(rgb, side, mode="nearest"))
 
 
+@full_float32()
 def encode_means(vae, x):
-    """uint8 [B, 3, R, R] -> the posterior's mean [B, C, h, w]."""
+    """uint8 [B, 3, R, R] -> the posterior's mean [B, C, h, w], a few images at a time."""
     return torch.cat([vae.encode(to_float(part))[0] for part in x.split(DECODED)])
 
 
+@full_float32()
+def decode(vae, z):
+    """Latents [B, C, h, w] -> uint8 [B, 3, R, R], a few images at a time."""
+    return torch.cat([to_uint8(vae.decode(part)) for part in z.split(DECODED)])
+
+
+@torch.no_grad()
 def save_latents(file, vae, data, device):
     """A picture of 16 images: each with its reconstruction and its latents as colors."""
-    spread = np.linspace(0, len(data) - 1, min(16, len(data))).round().astype(int).tolist()
-    x = fetch(data, spread)[0].to(device)
-    with torch.no_grad(), full_float32():
-        z = encode_means(vae, x)
-        rec = to_uint8(vae.decode(z))
-    triples = torch.stack([x.cpu(), rec.cpu(), principal_colors(z.cpu(), data.resolution)], 1)
+    x = fetch(data, spread(len(data), 16))[0].to(device)
+    z = encode_means(vae, x)
+    colors = principal_colors(z.cpu(), data.resolution)
+    triples = torch.stack([x.cpu(), decode(vae, z).cpu(), colors], 1)
     save_grid(file, triples.flatten(0, 1), 12)
-
-
-def stem_of(name):
-    """Where reports about a checkpoint go: beside it, if it is a local one."""
-    return find_checkpoint(name) if Path(name).exists() else name.replace("/", "-")
 
 
 def recon(path: str, data: str, *, count: int = 0, resolution: int = 0, features: str = "",
           weights: str = "", repo: str = "", batch: int = 64):
     """Closeness of held-out images to their reconstructions from the posterior's mean, both as
     uint8; and a picture of images, reconstructions and latents. path: what load_vae takes."""
-    device = init_distributed()[2]
+    rank, _, device = init_distributed()
     tiny, lpips = data == "tiny", None
     with rank0_first():
-        vae = load_vae(path)[0].to(device).eval()
+        vae = load_vae(path)[0].to(device).eval().requires_grad_(False)
     images = open_data(data, resolution, count)
+    check_side(images, vae)
     usual = 1000 if tiny else 50_000
     n = count or min(len(images), usual)
     net = load_features(features, tiny, images.resolution, weights, repo, device)
@@ -605,21 +674,25 @@ def recon(path: str, data: str, *, count: int = 0, resolution: int = 0, features
     except (ValueError, ImportError) as error:
         print(f"note: LPIPS is left out: {error}")
 
-    @full_float32()
-    def one_batch(indices, x, labels):
-        parts = [to_uint8(vae.decode(encode_means(vae, part))) for part in x.split(DECODED)]
-        rec = torch.cat(parts)
-        a, b = to_float(x), to_float(rec)
-        columns = [psnr(x, rec), ssim(x, rec), (a - b).abs().mean((1, 2, 3))]
-        if lpips is not None:
-            columns.append(lpips(a, b).expand(len(x)))
-        return torch.stack(columns, 1), net(rec)[0], net(x)[0]
-    rows, *moments = extract_features(images, n, batch, "reconstructions", device, one_batch)
-    values = dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), rows.double().mean(0).tolist()))
-    values[f"r{net.metric}"] = frechet(*moments)
+    rows, real, fake = [], Moments(net.dim, device), Moments(net.dim, device)
+    for _, x, _ in batches(images, n, batch, "reconstructions", device):
+        rec = decode(vae, encode_means(vae, x))
+        difference = to_float(x) - to_float(rec)
+        columns = [psnr(x, rec), ssim(x, rec), difference.abs().mean((1, 2, 3))]
+        if lpips:
+            with full_float32():
+                columns.append(lpips(to_float(x), to_float(rec)).expand(len(x)))
+        rows.append(torch.stack(columns, 1))                    # [B, 3 or 4]
+        real.update(net(x)[0])
+        fake.update(net(rec)[0])
+    means = all_rows(rows, n).double().mean(0).tolist()
+    statistics = *real.result(), *fake.result()
+    if rank > 0:
+        return
+    values = dict(zip(("PSNR", "SSIM", "L1", "LPIPS"), means))
+    values[f"r{net.metric}"] = frechet(*statistics)
     stem = stem_of(path)
-    if ranks()[0] == 0:
-        save_latents(f"{str(stem).removesuffix('.pt')}.recon.png", vae, images, device)
+    save_latents(f"{stem}.recon.png", vae, images, device)
     report(stem, "recon", values, {"N": n, "data": data, "features": net.name}, usual)
 
 
@@ -638,56 +711,54 @@ def align(path: str, data: str, *, count: int = 0, teacher: str = "", vae: str =
           weights: str = "", repo: str = "", seed: int = 0, batch: int = 64):
     """CKNNA of latents and of each SiT block with the teacher; collapse monitors of the latents.
     teacher: default the run's own."""
-    device = init_distributed()[2]
-    model, file = load_pipeline(path, device, vae), stem_of(path)
-    net, sit, config, cfg = model.vae, model.sit, model.config, model.sit.cfg
-    images = open_data(data, cfg.size * net.cfg.downsampling, count)
-    tiny = config.get("data") == "tiny"
-    usual = 1000 if tiny else 10_000
+    rank, _, device = init_distributed()
+    model = load_pipeline(path, device, vae)
+    sit, config = model.sit, model.config
+    images = open_data(data, sit.cfg.size * model.vae.cfg.downsampling, count)
+    usual = 1000 if config.get("data") == "tiny" else 10_000
     n = count or min(len(images), usual)
     name = teacher or config.get("teacher", "dinov2_vitb14")
     repo = repo or config.get("teacher_repo", "")
     weights = weights or config.get("teacher_weights", "")
     with rank0_first():
-        draw = Shapes(images.resolution).draw
-        judge = load_teacher(name, sit.grid, repo, weights, draw).to(device)
+        draw = None
+        if name == "tiny":              # it was trained on the run's data
+            draw = draw_of(open_images(config.get("data", "tiny"), images.resolution))
+        judge = load_teacher(name, sit.grid, repo, weights, draw)
+    judge.to(device).requires_grad_(False)
 
-    def clean(indices, x, labels):
-        """-> [B, 2 + C h w + d]: monitors, latents, the teacher's mean token."""
-        with full_float32():
-            z = encode_means(net, x)
-        with autocast(device):
-            target = judge(x).float().mean(1)
-        return [torch.cat([monitors(z), z.flatten(1), target], 1)]
-
-    def noisy(t, indices, x, labels):
-        """-> [B, depth D]; the noise of image i depends on the seed and i alone."""
+    known = images.classes == model.classes
+    latents, collapse, targets = [], [], []
+    blocks = {0.0: [], 0.25: [], 0.5: [], 0.75: []}             # by noise level t
+    for indices, x, labels in batches(images, n, batch, "latents", device):
+        z = encode_means(model.vae, x)
+        latents.append(z.flatten(1))                            # [B, C h w]
+        collapse.append(monitors(z))                            # [B, 2]
+        y = labels if known else torch.full_like(labels, sit.cfg.num_classes)
         generators = generators_of(seed, "align", indices, device)
-        with full_float32():
-            zn = sit.bn(encode_means(net, x))
-        eps = [torch.randn(zn.shape[1:], generator=g, device=device) for g in generators]
-        known = images.classes == model.classes
-        y = labels if known else torch.full_like(labels, cfg.num_classes)
-        times = torch.full((len(x),), t, device=device)
-        z_t, _ = interpolate(zn, torch.stack(eps), times, cfg.path)
+        eps = [torch.randn(z.shape[1:], generator=g, device=device) for g in generators]
+        eps = torch.stack(eps)          # the noise of image i depends on the seed and i alone
         with autocast(device):
-            return [block_features(sit, z_t, times, y)]
-    rows, = extract_features(images, n, batch, "latents", device, clean)
-    collapse, z, target = rows.tensor_split((2, 2 + cfg.channels * cfg.size**2), 1)
-    with full_float32():
-        variance, variation = collapse.mean(0).tolist()
-        values = {"spatial variance": variance, "total variation": variation,
-                  "CKNNA of latents": cknna(z, target)}
-        for t in (0.0, 0.25, 0.5, 0.75):
-            of_batch = functools.partial(noisy, t)
-            rows, = extract_features(images, n, batch, f"t = {t}", device, of_batch)
-            blocks = rows.split(cfg.width, 1)
-            values[f"CKNNA of blocks at t = {t}"] = [cknna(h, target) for h in blocks]
-    if ranks()[0] == 0:
-        save_latents(f"{str(file).removesuffix('.pt')}.latents.png", net, images, device)
+            targets.append(judge(x).float().mean(1))            # [B, d]
+            for t in blocks:
+                times = torch.full((len(x),), t, device=device)
+                z_t, _ = interpolate(sit.bn(z), eps, times, sit.cfg.path)
+                blocks[t].append(block_features(sit, z_t, times, y))
+
+    target = all_rows(targets, n)
+    variance, variation = all_rows(collapse, n).mean(0).tolist()
+    values = {"spatial variance": variance, "total variation": variation,
+              "CKNNA of latents": cknna(all_rows(latents, n), target)}
+    for t, parts in blocks.items():
+        tokens = all_rows(parts, n).split(sit.cfg.width, 1)     # [n, D] for each block
+        values[f"CKNNA of blocks at t = {t}"] = [cknna(h, target) for h in tokens]
+    if rank > 0:
+        return
+    stem = stem_of(path)
+    save_latents(f"{stem}.latents.png", model.vae, images, device)
     settings = {"step": model.step, "N": n, "data": data, "teacher": name, "seed": seed,
-                "classes given": images.classes == model.classes}
-    report(file, "align", values, settings, usual)
+                "classes given": known}
+    report(stem, "align", values, settings, usual)
 
 
 COMMANDS = {"gen": gen, "ref": ref, "recon": recon, "align": align}

@@ -16,6 +16,7 @@ What every denoiser offers: net(z_t, t, y, drop, depth) -> v, tokens; .cfg with 
 num_classes, path and align_depth; .bn, its LatentNorm; .grid, the side of its square of tokens.
 """
 import math
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -35,7 +36,8 @@ def interpolant(t, path="linear"):
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "cosine":
         a = math.pi / 2
-        return torch.cos(a * t), torch.sin(a * t), -a * torch.sin(a * t), a * torch.cos(a * t)
+        cos, sin = torch.cos(a * t), torch.sin(a * t)
+        return cos, sin, -a * sin, a * cos
     raise ValueError(f"unknown interpolant {path!r}: expected linear or cosine")
 
 
@@ -81,6 +83,11 @@ def time_from_uniform(u, weighting="uniform", path="linear"):
     return t.to(u.dtype)
 
 
+def wide(device):
+    """The dtype of statistics and of solvers' states: float64, which Apple's GPUs don't have."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 # ---- The latents' BatchNorm -----------------------------------------------------
 # The latents drift while the VAE trains; this keeps SiT's input at unit variance.
 
@@ -89,12 +96,12 @@ class LatentNorm(nn.BatchNorm2d):
 
     forward(z) uses the running statistics and leaves them alone: for the gradient of the VAE's step
     they are constants. normalise_batch(z) uses the statistics of the whole batch on all ranks, and
-    adds to batch_sums until commit() merges these into the running ones, once a step.
+    keeps them until commit() merges these into the running ones, once a step.
     """
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-4, momentum=0.1, affine=False)
-        self.batch_sums = None          # sums [2, C] of z and z^2, and how many positions
+        self.seen = []          # of each batch since commit: positions, mean [C], variance [C]
 
     def forward(self, z):
         """z [B, C, H, W] -> zn, by the running statistics."""
@@ -106,31 +113,40 @@ class LatentNorm(nn.BatchNorm2d):
         return zn * std[:, None, None] + self.running_mean[:, None, None]
 
     def scale(self, z, mean, var):
-        rstd = (var + self.eps).rsqrt()
-        return (z - mean.to(z.dtype)[:, None, None]) * rstd.to(z.dtype)[:, None, None]
+        mean, rstd = mean.to(z.dtype), (var + self.eps).rsqrt().to(z.dtype)
+        return (z - mean[:, None, None]) * rstd[:, None, None]
 
     def normalise_batch(self, z):
         """z [B, C, H, W] float32 -> zn, by this batch's mean and biased variance over all ranks."""
-        count = z.numel() // z.shape[1]
-        own = torch.stack([z.double().sum((0, 2, 3)), z.double().square().sum((0, 2, 3))])
-        total = own.detach().clone()                                            # [2, C]
+        n, dtype = z.numel() // z.shape[1], wide(z.device)
+        center = z.new_zeros(z.shape[1], 1, 1, dtype=dtype)     # of the sums: 0 in float64
         if dist.is_initialized():
-            dist.all_reduce(total)
-            count = count * dist.get_world_size()
-        before, n = self.batch_sums or (0, 0)
-        self.batch_sums = before + total, n + count
+            n = n * dist.get_world_size()
+        if dtype == torch.float32:              # has too few digits for E[x^2] - E[x]^2
+            center = (self.over_ranks(z.detach().sum((0, 2, 3))) / n)[:, None, None]
+        sums = (z.to(dtype) - center).sum((0, 2, 3))
+        squares = (z.to(dtype) - center).square().sum((0, 2, 3))
+        own = torch.stack([sums, squares])                                      # [2, C]
 
-        # the value is the total; the gradient (naive method) goes through this rank's share
-        total = own + (total - own).detach()
-        mean, square = total / count
-        return self.scale(z, mean.float(), (square - mean.square()).float())
+        # the value is that of all ranks; the gradient (naive method) is this rank's
+        total = own + (self.over_ranks(own.detach().clone()) - own).detach()
+        mean, square = total / n
+        mean, var = mean + center.flatten(), square - mean.square()
+        self.seen = [*self.seen, (n, mean.detach(), var.detach())]
+        return self.scale(z, mean.float(), var.float())
+
+    @staticmethod
+    def over_ranks(sums):
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums
 
     def batch_statistics(self):
         """Mean and unbiased variance [C] of everything normalised since the last commit."""
-        (total, square), n = self.batch_sums
-        mean = total / n
-        var = (square / n - mean.square()) * (n / max(n - 1, 1))
-        return mean.float(), var.float()
+        total = sum(n for n, _, _ in self.seen)
+        mean = sum(n * mean for n, mean, _ in self.seen) / total
+        square = sum(n * (var + (own - mean).square()) for n, own, var in self.seen)
+        return mean.float(), (square / (total - 1)).float()
 
     @torch.no_grad()
     def commit(self, ok):
@@ -139,7 +155,7 @@ class LatentNorm(nn.BatchNorm2d):
         running = self.running_mean, self.running_var
         for old, new in zip(running, self.batch_statistics()):
             old.copy_(torch.where(ok, old.lerp(new, self.momentum), old))
-        self.batch_sums = None
+        self.seen = []
         self.num_batches_tracked += ok.long()
 
     @torch.no_grad()
@@ -170,35 +186,37 @@ class SiTConfig:
 
 
 # SIZES: depth, width, heads
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12),
+         "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def parse_size(name):
     """ "SiT-XL/2" or "depth-width-heads/patch" ("6-192-3/2") -> (depth, width, heads, patch)."""
-    body, _, patch = name.removeprefix("SiT-").partition("/")
-    shape = SIZES.get(body) or tuple(int(n) if n.isdecimal() else 0 for n in body.split("-"))
-    whole = len(shape) == 3 and 0 not in shape and patch in ("1", "2", "4", "8")
-    if not whole or shape[1] % shape[2] or shape[1] % 4:
-        raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, "
-                         "2, 4 or 8 (SiT-XL/2), or depth-width-heads/patch (6-192-3/2), the "
-                         "width a multiple of its heads and of 4")
-    return *shape, int(patch)
+    found = re.fullmatch(r"(?:SiT-)?(S|B|L|XL|[1-9]\d*-[1-9]\d*-[1-9]\d*)/([1248])", name)
+    if found:
+        size, patch = found.groups()
+        depth, width, heads = SIZES.get(size) or map(int, size.split("-"))
+        if width % heads == 0 and width % 4 == 0:
+            return depth, width, heads, int(patch)
+    raise ValueError(f"unknown SiT {name!r}: expected SiT-S, -B, -L or -XL and a patch of 1, 2, 4 "
+                     "or 8 (SiT-XL/2), or depth-width-heads/patch (6-192-3/2), the width a "
+                     "multiple of its heads and of 4")
 
 
 def sincos_2d(dim, side):
     """Fixed position table [1, side^2, dim]: half of dim for the column, half for the row, each
     [sin, cos] of dim/4 frequencies."""
-    frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency        # [side, dim/4]
+    frequency = 10000 ** -(torch.arange(dim // 4).double() / (dim // 4))
+    angle = torch.arange(side)[:, None] * frequency                             # [side, dim/4]
     line = torch.cat([angle.sin(), angle.cos()], 1)                             # [side, dim/2]
-    column = line[None].expand(side, -1, -1)                                    # [side, side, ...]
-    row = line[:, None].expand(-1, side, -1)
-    return torch.cat([column, row], 2).reshape(1, side * side, dim).float()
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, 0)         # [side^2, dim/2]
+    return torch.cat([column, row], 1)[None].float()
 
 
 def modulate(x, shift, scale):
     """Adaptive LayerNorm of tokens x [B, T, D]; shift and scale [B, D] come from the condition."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class TimestepEmbedder(nn.Module):
@@ -232,7 +250,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # [B, heads, T, d]
         q = self.q_norm(q).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
@@ -281,13 +299,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
+        return self.proj(x).flatten(2).mT.contiguous()
 
 
 def projector(width, hidden, dim):
     """[B, T, D] -> [B, T, d_teacher] (REPA): an MLP of three layers."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                         nn.Linear(hidden, dim))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.SiLU(),
+        nn.Linear(hidden, hidden), nn.SiLU(),
+        nn.Linear(hidden, dim))
 
 
 class SiT(nn.Module):
@@ -331,9 +351,9 @@ class SiT(nn.Module):
 
     def unpatchify(self, x):
         """[B, T, patch^2 C] -> [B, C, H, W]; the last axis is ordered row, column, channel."""
-        B, C, p, n = len(x), self.cfg.channels, self.cfg.patch, self.grid
-        x = x.view(B, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4)                  # [B, C, n, p, n, p]
-        return x.reshape(B, C, n * p, n * p)
+        C, p, n = self.cfg.channels, self.cfg.patch, self.grid
+        x = x.view(-1, n, n, p, p, C).permute(0, 5, 1, 3, 2, 4)                 # [B, C, n, p, n, p]
+        return x.reshape(-1, C, n * p, n * p)
 
     def forward(self, z_t, t, y, drop=None, depth=None):
         """Velocity and projected tokens; where drop is True, the label is the null class.

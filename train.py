@@ -23,14 +23,12 @@ snapshots step_N.pt (for sample.py, evaluate.py, --init, --vae). The same comman
 """
 import copy
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +41,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+try:
+    import fcntl
+except ImportError:         # Windows has no such locks
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -52,13 +55,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from repa import TEACHERS, align_loss, load_teacher
-from sample import (PATIENCE, PUBLISHED, Pipeline, all_mean, autocast, can_compile, config_of,
-                    find_checkpoint, friendly, init_distributed, load_vae, open_array,
-                    parse, rank0_first, read_weights, save_grid, seed_of)
-from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform
-from vae import (LPIPS, VAE, VAES, Discriminator, Folder, Shapes, VAEConfig,
-                 adaptive_gan_weight, collate, discriminator_loss, fetch, fingerprint,
+from repa import TEACHERS, DINOv2, align_loss, draw_of, load_teacher
+from sample import (PATIENCE, PUBLISHED, Pipeline, all_mean, autocast, can_compile, check_side,
+                    config_of, default_workers, find_checkpoint, free_space, friendly, hub_files,
+                    hub_path, init_distributed, load_batches, load_vae, name_unreadable,
+                    open_array, parse, prepare_out, rank0_first, read_weights, save_grid, seed_of)
+from sit import SiT, SiTConfig, interpolate, parse_size, time_from_uniform, wide
+from vae import (LPIPS, VAE, VAES, Discriminator, Folder, VAEConfig,
+                 adaptive_gan_weight, discriminator_loss, fetch, fingerprint,
                  generator_loss, kl_divergence, load_weights, open_images, reading,
                  reconstruction_loss, to_float, to_uint8)
 
@@ -68,7 +72,8 @@ from vae import (LPIPS, VAE, VAES, Discriminator, Folder, Shapes, VAEConfig,
 # other options say how.
 
 class Method(NamedTuple):
-    """What a method trains."""
+    """What a method trains. (repa-e and naive train the same; what reaches the VAE through SiT is
+    decided in vae_loss and train_step.)"""
     vae: bool           # the VAE, and with it the discriminator
     sit: bool           # SiT
     aligned: bool       # SiT's tokens with the teacher's, if align_sit > 0
@@ -132,9 +137,12 @@ class Config:
     seed: int = 0
     # machine
     compile: Literal["auto", "0", "1"] = "auto"     # torch.compile; auto: on GPUs that can
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 on GPUs that have it
     recompute: int = 0              # so many of the VAE's levels: activations again in backward
     deterministic: bool = False     # the same bits each time on a GPU, too: slower
     workers: int = 8                # processes that decode images, for each rank
+    loader_timeout: int = 300       # seconds without a batch that end the run; the first: 3 times
+    accept_data: bool = False       # resume on data that have changed since the run began
     # output
     log_every: int = 100
     preview_every: int = 10_000
@@ -166,7 +174,8 @@ class Config:
 
 # ---- The method -----------------------------------------------------------------
 # Two losses, and a step that routes their gradients. Shapes: images x [B, 3, R, R],
-# latents z [B, C, h, w], tokens [B, T, d]; B is a micro-batch of one process.
+# latents z [B, C, h, w], tokens [B, T, d]; B is a micro-batch of one process. What
+# gets its gradient here is called through DDP (nets.ddp), what is frozen is not.
 
 DISC_LEAD = 2000        # the discriminator learns so many steps before the VAE hears it
 
@@ -208,12 +217,13 @@ def vae_loss(cfg, nets, x, y, target, r):
     x [B, 3, R, R] in [-1, 1], labels y [B], target: list of the teacher's tokens [B, T, d],
     r: Draws -> loss, z [B, C, h, w], rec [B, 3, R, R], terms for the log.
     """
-    with autocast(x.device):
+    with autocast(x.device, cfg.precision):
         z, rec, mean, logvar = nets.ddp["vae"](x, r.noise)
     l1 = reconstruction_loss(x, rec, cfg.recon_loss)
     lpips = x.new_zeros(()) if nets.lpips is None else nets.lpips(x, rec)
+    nll = l1 + cfg.lpips * lpips                                # terms of x and rec
     kl = kl_divergence(mean, logvar)
-    loss = l1 + cfg.lpips * lpips + cfg.kl * kl
+    loss = nll + cfg.kl * kl
     terms = {"l1": l1, "lpips": lpips, "kl": kl}
 
     if nets.disc is not None and r.step >= cfg.gan_start:
@@ -221,13 +231,13 @@ def vae_loss(cfg, nets, x, y, target, r):
         weight = cfg.gan
         if cfg.gan_adaptive:
             last_layer = nets.vae.decoder.conv_out.weight
-            weight = weight * adaptive_gan_weight(l1 + cfg.lpips * lpips, terms["gan"], last_layer)
+            weight = weight * adaptive_gan_weight(nll, terms["gan"], last_layer)
         loss = loss + weight * terms["gan"]
 
     if cfg.method == "repa-e" and cfg.align_vae > 0:
         zn = nets.sit.bn(z)                                     # running statistics: constants
         z_t, _ = interpolate(zn, r.eps, r.t, cfg.path)
-        with autocast(x.device):
+        with autocast(x.device, cfg.precision):
             _, tokens = nets.sit(z_t, r.t, y, depth=nets.sit.cfg.align_depth)
         terms["align_vae"] = align_loss(tokens, target)
         loss = loss + cfg.align_vae * terms["align_vae"]
@@ -243,7 +253,7 @@ def sit_loss(cfg, nets, z, y, target, r):
     bn = nets.sit.bn
     zn = bn.normalise_batch(z) if cfg.batch_statistics else bn(z)
     z_t, velocity = interpolate(zn, r.eps, r.t, cfg.path)
-    with autocast(z.device):
+    with autocast(z.device, cfg.precision):
         v, tokens = nets.ddp["sit"](z_t, r.t, y, r.drop)        # [B, C, h, w], list of [B, T, d]
     loss = F.mse_loss(v.float(), velocity)
     terms = {"v": loss}
@@ -277,7 +287,7 @@ def train_step(cfg, nets, opts, batches, draws):
                     if cfg.method != "naive":
                         (loss_vae / len(micro)).backward()
             else:
-                z = frozen_latents(nets.vae, x, moments, r.noise)
+                z = frozen_latents(cfg, nets.vae, x, moments, r.noise)
 
             # 2. discriminator, on the same images
             if disc_learns:
@@ -310,10 +320,13 @@ def update(cfg, nets, opts, terms, disc_learns):
         terms[f"norm_{name}"] = nn.utils.clip_grad_norm_(parameters, cfg.clip)
     ok = all_finite(*terms.values())
 
-    for name in active:
-        opts[name].found_inf = (~ok).float()                    # skips on the device: no host wait
-        opts[name].step()
-        opts[name].zero_grad()
+    for opt in [opts[name] for name in active]:
+        if opt.defaults["fused"]:                               # reads ok on the device
+            opt.found_inf = (~ok).float()
+            opt.step()
+        elif ok:                                                # waits for it
+            opt.step()
+        opt.zero_grad()
     if cfg.trains_sit and cfg.batch_statistics:
         nets.sit.bn.commit(ok)
     if nets.ema is not None:
@@ -333,18 +346,18 @@ def prepare(cfg, nets, batch, r):
     x = to_float(image).contiguous(memory_format=torch.channels_last)
     target = []
     if nets.teacher is not None:
-        with torch.no_grad(), autocast(x.device):
+        with torch.no_grad(), autocast(x.device, cfg.precision):
             target = [nets.teacher(image)]
     return x, y, target, moments
 
 
 @torch.no_grad()
-def frozen_latents(vae, x, moments, noise):
+def frozen_latents(cfg, vae, x, moments, noise):
     """z [B, C, h, w] of a VAE that is not trained: of images x, or of a cache's moments."""
     if moments:
         mean, std = moments[0].float().unbind(1)
         return mean + std * noise
-    with autocast(x.device):
+    with autocast(x.device, cfg.precision):
         return vae.sample(*vae.encode(x), noise)
 
 
@@ -441,10 +454,33 @@ def architecture(cfg):
     return depth, width, heads, patch, align_depth
 
 
+def needed_files(cfg):
+    """What a run reads, for --dry: (option, path, what is said if nothing is there)."""
+    cache, fetched = Path(torch.hub.get_dir()), "missing: it will be downloaded"
+    found = []
+    for option, path in (("data", cfg.data), ("latents", cfg.latents)):
+        if path not in ("", "tiny"):
+            found.append((option, Path(path), "missing"))
+    option, start = ("init", cfg.init) if cfg.init else ("vae", cfg.vae)
+    if hub_files(start) and not Path(start).exists():
+        repository, files = hub_files(start)
+        found += [(option, hub_path(repository, file), fetched) for file in files]
+    elif start not in VAES:
+        found.append((option, Path(start), "missing"))
+    if cfg.aligned and cfg.teacher.startswith("dinov2"):
+        code = cfg.teacher_repo or cache / DINOv2.folder
+        weights = cfg.teacher_weights or DINOv2.file(cfg.teacher)
+        found.append(("teacher", Path(code), "missing" if cfg.teacher_repo else fetched))
+        found.append(("teacher", Path(weights), "missing" if cfg.teacher_weights else fetched))
+    if cfg.trains_vae and cfg.lpips:
+        found.append(("lpips", LPIPS.file(), fetched))
+    return found
+
+
 SHARES = ("label_drop", "ema", "vae_ema")                   # at least 0, below 1
 POSITIVE = ("resolution", "projector_width", "disc_ch", "steps", "batch", "micro_batch", "lr_sit",
             "lr_vae", "lr_disc", "clip", "log_every", "preview_every", "preview_steps",
-            "preview_guidance", "save_every", "snapshot_every")
+            "save_every", "snapshot_every", "loader_timeout")
 
 
 def problems(cfg, world_size, vae_config=None):
@@ -543,36 +579,29 @@ def split(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def batches_of(data, cfg, rank, world_size, device, purpose="epoch", first_step=0):
+def batches_of(data, cfg, rank, world_size, device, purpose="epoch", first_step=0, stop=None):
     """Endless micro-batches (uint8 [B, 3, R, R], labels [B], what a cache adds) on the device."""
+    order = Order(len(data), cfg, rank, world_size, first_step, purpose)
     workers = 0 if cfg.data == "tiny" else cfg.workers
-    loader = torch.utils.data.DataLoader(
-        data, batch_sampler=Order(len(data), cfg, rank, world_size, first_step, purpose),
-        collate_fn=collate, num_workers=workers, prefetch_factor=4 if workers else None,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-    for values in loader:
-        yield [value.to(device, non_blocking=True) for value in values]
-
-
-def ignore_signals(_):
-    """Data workers leave signals to the process that they work for; they end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    batch = min(cfg.micro_batch, cfg.batch // world_size)
+    return load_batches(data, order, batch, workers, device, cfg.loader_timeout, stop)
 
 
 def draws(cfg, step, rank, world_size, latent, device, purpose="step"):
     """All randomness of a step, this process's rows of it; latent: C, h, w -> Draws.
-    The same for any number of processes; on another kind of GPU they may be others."""
-    generator = torch.Generator(device).manual_seed(seed_of(cfg.seed, purpose, step))
+    The same for any number of processes; on another kind of GPU they may be others (for Apple's
+    they are drawn on the CPU)."""
+    source = "cpu" if wide(device) == torch.float32 else device
+    generator = torch.Generator(source).manual_seed(seed_of(cfg.seed, purpose, step))
     B = cfg.batch
     mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
-    u = torch.rand(3, B, generator=generator, device=device)
-    eps = torch.randn(B, *latent, generator=generator, device=device)
-    noise = torch.randn(B, *latent, generator=generator, device=device)
+    u = torch.rand(3, B, generator=generator, device=source)
+    eps = torch.randn(B, *latent, generator=generator, device=source)
+    noise = torch.randn(B, *latent, generator=generator, device=source)
     t = time_from_uniform(u[0], cfg.weighting, cfg.path)
     drop = u[1] < cfg.label_drop
     flip = u[2] < (0.5 if cfg.hflip else 0.0)
-    return Draws(step, *[values[mine] for values in (t, eps, noise, drop, flip)])
+    return Draws(step, *[values[mine].to(device) for values in (t, eps, noise, drop, flip)])
 
 
 # ---- Building a run's networks --------------------------------------------------
@@ -588,9 +617,7 @@ def build(cfg, data, state, world_size, device):
     if cfg.trains_sit:
         sit = build_sit(cfg, vae.cfg, len(data.classes), state, stats)
     if cfg.aligned:
-        with rank0_first():
-            teacher = load_teacher(cfg.teacher, sit.grid, cfg.teacher_repo, cfg.teacher_weights,
-                                   getattr(data, "draw", None))
+        teacher = load_run_teacher(cfg, data, sit.grid)
         teacher.to(device, memory_format=torch.channels_last)
     if cfg.trains_vae and cfg.gan:
         where = cfg.out if state else cfg.init or cfg.vae
@@ -611,6 +638,13 @@ def build(cfg, data, state, world_size, device):
         cfg = replace(cfg, gan_start=state["config"]["gan_start"] if state else start)
     needs_statistics = cfg.trains_sit and state is None and stats is None
     return Networks(vae, sit, disc, teacher, lpips), cfg, needs_statistics
+
+
+def load_run_teacher(cfg, data, grid):
+    """--teacher, for grid x grid tokens. All processes call it."""
+    with rank0_first():
+        return load_teacher(cfg.teacher, grid, cfg.teacher_repo, cfg.teacher_weights,
+                            draw_of(data))
 
 
 def build_vae(cfg, state):
@@ -670,9 +704,10 @@ def measure_statistics(sit, vae, batches, cfg, rank, world_size, latent, device,
         r = draws(cfg, step, rank, world_size, latent, device, "statistics")
         for part in r.split(min(cfg.micro_batch, len(r.t))):
             image, _, *moments = next(batches)
-            sit.bn.normalise_batch(frozen_latents(vae, to_float(image), moments, part.noise))
+            z = frozen_latents(cfg, vae, to_float(image), moments, part.noise)
+            sit.bn.normalise_batch(z)
     sit.bn.load_stats(*sit.bn.batch_statistics())
-    sit.bn.batch_sums = None
+    sit.bn.seen = []
 
 
 def compile_networks(cfg, nets):
@@ -690,9 +725,11 @@ def compile_networks(cfg, nets):
 
 
 def make_optimizer(network, lr):
-    """The paper's AdamW. Fused: its `found_inf` skips a step on the device."""
-    return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8,
-                             weight_decay=0.0, fused=True)
+    """The paper's AdamW. Fused: its `found_inf` skips a step on the device, which Apple's GPUs are
+    not known to do."""
+    parameters = list(network.parameters())
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                             fused=parameters[0].device.type != "mps")
 
 
 # ---- Checkpoints ----------------------------------------------------------------
@@ -709,7 +746,7 @@ def snapshot_of(cfg, nets, step, data):
             "sit_config": asdict(nets.sit.cfg) if nets.sit else None,
             "vae": nets.vae, "vae_ema": nets.vae_ema, "ema": nets.ema, "discriminator": nets.disc,
             "steps": step, "classes": list(data.classes), "data": fingerprint(data),
-            "versions": VERSIONS}
+            "images": len(data), "versions": VERSIONS}
 
 
 def save_snapshot(cfg, nets, step, data):
@@ -754,19 +791,21 @@ def has_state(out):
 
 
 def read_state(out, rank):
-    """The newest state of the run's folder that is whole, or None if there is none."""
+    """state.pt, or None if the run has none. If it is missing or damaged: state.prev.pt. If the
+    disk does not answer: the error, for then state.pt may be whole. None is mapped into memory:
+    Windows replaces no file that is."""
     file, before, damage = Path(out) / "state.pt", Path(out) / "state.prev.pt", None
     try:
         if file.exists():
-            return read_weights(file)
+            return read_weights(file, mapped=False)
     except ValueError as error:
         of_the_disk = isinstance(error.__cause__, OSError) and error.__cause__.errno != errno.EINVAL
-        if of_the_disk or not before.exists():      # EINVAL: a cut zip seeks anywhere
-            raise                                   # the disk's fault: the file may be whole
+        if of_the_disk or not before.exists():      # (EINVAL comes from a cut zip's directory)
+            raise
         damage = error
     if not before.exists():
         return None
-    state = read_weights(before)
+    state = read_weights(before, mapped=False)
     if rank == 0:
         print(f"state.pt is {'damaged' if damage else 'missing'}: resuming from {before}")
         if damage:                                  # else it would become the one before
@@ -789,22 +828,58 @@ def load_state(cfg, rank):
     if cfg.trains_vae and cfg.gan and "opt_disc" not in state:
         raise ValueError(f"{cfg.out} was trained without a discriminator: use --gan=0, or a new "
                          "--out and --init")
-    fixed = ["data", "resolution", "sit", "teacher", "method", "latent_norm", "path", "batch",
-             "seed", "hflip"]
-    if not cfg.trains_vae:
+    fixed = ["resolution", "sit", "teacher", "method", "latent_norm", "path", "batch", "seed",
+             "hflip"]
+    if not cfg.trains_vae and old["vae"] != cfg.vae and not same_vae(cfg.vae, state["vae"]):
         fixed.append("vae")
     wrong = [f"{key} was {old.get(key)!r}, is {new[key]!r}" for key in fixed
              if old.get(key) != new[key]]
     if wrong:
         raise ValueError(f"{cfg.out} holds a run with other settings ({'; '.join(wrong)}): use "
                          "those, or another --out")
-    may_differ = {"dry"} | ({"gan_start"} if cfg.gan_start < 0 else set())
+    may_differ = {"dry", "accept_data"} | ({"gan_start"} if cfg.gan_start < 0 else set())
     changed = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in new
                if key not in may_differ and old.get(key) != new[key]]
     if rank == 0:
         print(f"resuming {cfg.out} at step {state['steps']}"
               + (f", changed: {', '.join(changed)}" if changed else ""))
     return state
+
+
+def describe(data):
+    """One line: how many images in how many classes, and what was left out of a folder."""
+    n = len(data.classes)
+    said = f"data: {len(data):,} images in {n:,} class{'es' if n > 1 else ''}"
+    left_out = getattr(data, "left_out", {})
+    if left_out:
+        said += "; left out: " + ", ".join(f"{n:,} {kind}" for kind, n in left_out.most_common())
+    return said
+
+
+def same_vae(name, weights):
+    """Does this name or path give the VAE that a run has, perhaps at another place?"""
+    with rank0_first():
+        own = load_vae(name)[0].state_dict()
+    return own.keys() == weights.keys() and all(torch.equal(own[key], weights[key]) for key in own)
+
+
+def check_data(cfg, state, data, rank):
+    """A run goes on with the data that it began with, wherever these are now; with others, if
+    --accept_data says so and they have the same classes."""
+    if state["data"] == fingerprint(data):
+        return
+    classes = list(data.classes)
+    what = f"{len(data):,} images in {len(classes)} classes"
+    if (state["images"], state["classes"]) != (len(data), classes):
+        what += f", it began with {state['images']:,} in {len(state['classes'])}"
+    if state["classes"] != classes and len(state["classes"] + classes) > 2:     # (one may move)
+        raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on ({what}, classes of "
+                         "other names): name another --out")
+    if not cfg.accept_data:
+        raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on ({what}): add "
+                         "--accept_data=1 if that is meant, or name another --out")
+    if rank == 0:
+        print(f"--accept_data: going on with {what}")
 
 
 def restore(nets, opts, state):
@@ -828,7 +903,7 @@ def check_room(cfg, nets):
     numbers = sum(p.numel() for net in trained for p in net.parameters())
     need = (3 * 16 + 8) * numbers       # bytes: weights, averages, Adam's moments; a snapshot: 2
     held = sum(file.stat().st_size for file in Path(cfg.out).glob("state*.pt"))
-    if shutil.disk_usage(cfg.out).free + held < need:
+    if free_space(cfg.out) + held < need:
         raise ValueError(f"--out={cfg.out} has no room for the run's checkpoints of "
                          f"{need / 1e9:.2f} GB")
 
@@ -867,15 +942,20 @@ def surviving(what, last=False):
 
 
 def lock(out):
-    """One run in a folder at a time. The system ends the lock with its process: none is stale."""
+    """One run in a folder at a time, where the file system has locks. The system ends a lock with
+    its process: none is stale."""
     tempfile.TemporaryFile(dir=out).close()                     # an OSError where it is read-only
     fd = os.open(Path(out) / "lock", os.O_RDWR | os.O_CREAT)
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "the system has none")
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        user = os.read(fd, 200).decode()
-        raise ValueError(f"{out} is in use by {user}: stop that run, or name another "
-                         "--out") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            user = os.read(fd, 200).decode()
+            raise ValueError(f"{out} is in use by {user}: stop that run, or name another "
+                             "--out") from None
+        print(f"note: no file lock ({error.strerror}): nothing keeps a second run out of {out}")
     os.ftruncate(fd, 0)
     os.write(fd, f"process {os.getpid()} on {platform.node()}".encode())
 
@@ -928,7 +1008,8 @@ class Log:
     def add(self, ok, terms):
         """Scalars of a step, on the device; those of a skipped step do not count."""
         for name, value in terms.items():
-            pair = torch.stack([value.double(), torch.ones_like(value, dtype=torch.float64)])
+            value = value.to(wide(value.device))
+            pair = torch.stack([value, torch.ones_like(value)])
             self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, pair, 0.0)
         self.steps += 1
 
@@ -938,7 +1019,7 @@ class Log:
                 with open(self.out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
 
-    def flush(self, step, cfg, skipped):
+    def flush(self, step, cfg, skipped, unreadable=0):
         """Prints the means since the last call in one line, and writes them as JSON."""
         totals, counts = all_mean(torch.stack(list(self.sums.values()), 1))
         mean = dict(zip(self.sums, (totals / counts.clamp(min=1)).tolist()))
@@ -946,6 +1027,8 @@ class Log:
         seconds = (time.time() - self.since) / timed
         line = {"step": step, **mean, "ms": seconds * 1e3, "data_ms": self.waited / timed * 1e3,
                 "skipped": int(skipped[0])}
+        if unreadable:
+            line["unreadable"] = unreadable
         if self.device.type == "cuda":
             line["GiB"] = torch.cuda.max_memory_allocated() / 2**30
         if self.rank == 0:
@@ -972,8 +1055,9 @@ class Log:
 
 # ---- The run --------------------------------------------------------------------
 
-def run(cfg, rank, world_size, device, stop=lambda: False):
-    """Trains to cfg.steps, from the state in cfg.out if there is one. -> False if stopped."""
+def run(cfg, rank, world_size, device, stop=None):
+    """Trains to cfg.steps, from the state in cfg.out if there is one. -> False if stopped.
+    stop: PoliteStop."""
     data = open_images(cfg.data, cfg.resolution)
     with reading(cfg.out, RUN):
         state = load_state(cfg, rank)
@@ -981,9 +1065,11 @@ def run(cfg, rank, world_size, device, stop=lambda: False):
     if all_mean(torch.tensor(float(first), device=device)).item() != first:
         raise ValueError(f"the machines see different checkpoints: --out={cfg.out} must be a "
                          "folder that they share")
-    if state and state["data"] != fingerprint(data):
-        raise ValueError(f"{cfg.data} is not what {cfg.out} was trained on (classes, labels): "
-                         "name another --out")
+    if state:
+        with reading(cfg.out, RUN):
+            check_data(cfg, state, data, rank)
+    if rank == 0:
+        print(describe(data))
     nets, cfg, needs_statistics = build(cfg, data, state, world_size, device)
     check_room(cfg, nets)
     latent = (nets.vae.cfg.z_channels, *[cfg.resolution // nets.vae.cfg.downsampling] * 2)
@@ -994,14 +1080,16 @@ def run(cfg, rank, world_size, device, stop=lambda: False):
         batches = batches_of(source, cfg, rank, world_size, device, "statistics")
         measure_statistics(nets.sit, nets.vae, batches, cfg, rank, world_size, latent, device)
     opts = make_trainable(cfg, nets, state, rank, world_size, device)
-    skipped = state["skipped"].to(device) if state else torch.zeros(2, device=device)
+    skipped = torch.zeros(2, device=device)             # steps: in all, and now in a row
+    if state:
+        skipped = state["skipped"].to(device)
     del state                                           # frees its memory
 
-    log = Log(cfg.out, rank, device)
+    log, named = Log(cfg.out, rank, device), set()
     log.write(header(cfg, world_size, first, data))
-    batches = log.timed(batches_of(source, cfg, rank, world_size, device, "epoch", first))
+    batches = log.timed(batches_of(source, cfg, rank, world_size, device, "epoch", first, stop))
     for step in range(first, cfg.steps + 1):            # one turn more: the last preview and save
-        done, stopping = step == cfg.steps, stop()
+        done, stopping = step == cfg.steps, stop is not None and stop()
         if step > first:
             if rank == 0 and (done or step % cfg.preview_every == 0):
                 with surviving("the preview"), torch.compiler.set_stance("force_eager"):
@@ -1015,7 +1103,7 @@ def run(cfg, rank, world_size, device, stop=lambda: False):
         log.add(ok, terms)
         printing = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
         if printing:
-            log.flush(step + 1, cfg, skipped)
+            log.flush(step + 1, cfg, skipped, name_unreadable(data, named, rank, device))
         elif step == first:
             log.restart_clock()
         if (printing or device.type == "cpu") and skipped[1] >= 10:
@@ -1051,21 +1139,23 @@ def make_trainable(cfg, nets, state, rank, world_size, device):
 def checkpoint(cfg, nets, opts, step, skipped, data, first, last):
     """state.pt where it is due, then the snapshot; a run that was killed between the two writes
     its snapshot when it goes on. All processes compare their networks, the first one writes."""
-    snapshot = last or step % cfg.snapshot_every == 0
-    state = step > first and (snapshot or step % cfg.save_every == 0)
-    snapshot = snapshot and step > 0 and (state or not snapshot_file(cfg, step).exists())
-    if state:
+    snapshot_due = last or step % cfg.snapshot_every == 0
+    new = step > first                                          # else it was resumed from here
+    write_state = new and (snapshot_due or step % cfg.save_every == 0)
+    left_out = step > 0 and not snapshot_file(cfg, step).exists()
+    write_snapshot = snapshot_due and (new or left_out)
+    if write_state:
         check_replicas(nets)
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             with surviving(f"state.pt of step {step}", last):
-                if state:
+                if write_state:
                     save_state(cfg, nets, opts, step, skipped, data)
         finally:                                        # there may be room for the smaller file
             with surviving(f"the snapshot of step {step}", last):
-                if snapshot:
+                if write_snapshot:
                     save_snapshot(cfg, nets, step, data)
-    if state and dist.is_initialized():
+    if write_state and dist.is_initialized():
         dist.barrier()                                  # until the files are there
 
 
@@ -1097,7 +1187,7 @@ def preview(cfg, step, nets, data, device):
         last = len(data.classes) - 1
         classes = np.linspace(0, last, min(10, last + 1)).round().astype(int).tolist()
         labels = [c for c in classes for _ in range(8)]
-        model = Pipeline(vae, nets.ema, list(data.classes), {}, step)
+        model = Pipeline(vae, nets.ema, list(data.classes), {}, step, cfg.precision)
         images = model(labels, cfg.preview_steps, "ab2", cfg.preview_guidance,
                        batch=cfg.micro_batch)
         save_grid(f"{cfg.out}/samples_{step:07d}.png", images)
@@ -1113,18 +1203,19 @@ def preview(cfg, step, nets, data, device):
 
 def pack(folder: str, out: str, resolution: int = 256):
     """Crops a tree of images once, on all cores, into a folder that --data takes in its place.
-    Images that can't be read are named, counted and left out (label -1)."""
+    Images that can't be read are named and counted; their rows have the label -1."""
     data, out = Folder(folder, resolution), Path(out)
+    prepare_out(out / "images.npy")
     if (out / "labels.npy").exists():
         raise ValueError(f"{out} is a pack already: remove it, or name another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    print(describe(data))
     shape = len(data), data.resolution, data.resolution, 3
     images = open_array(out / "images.npy", np.uint8, shape)
     labels = data.labels.numpy().copy()
 
     def write(i):
         try:
-            images[i] = data[i][0].permute(1, 2, 0).numpy()
+            images[i] = data.read(i)[0].permute(1, 2, 0).numpy()
         except ValueError as error:
             print(error, flush=True)
             labels[i] = -1
@@ -1132,7 +1223,10 @@ def pack(folder: str, out: str, resolution: int = 256):
         for first in tqdm(range(0, len(data), 1000), "packing", unit_scale=1000):
             list(pool.map(write, range(first, min(first + 1000, len(data)))))
     images.flush()
+    if (labels < 0).all():
+        raise ValueError(f"no image in {folder} can be read")
     (out / "classes.json").write_text(json.dumps(data.classes))
+    (out / "files.json").write_text(json.dumps(data.files))
     np.save(out / "labels.tmp.npy", labels)
     os.replace(out / "labels.tmp.npy", out / "labels.npy")      # last: now it is a pack
     print(f"{out}: {(labels >= 0).sum()} images, {(labels < 0).sum()} unreadable")
@@ -1143,7 +1237,8 @@ def cache_about(data, vae):
     weights = hashlib.sha256(str(vae.cfg).encode())
     for value in vae.state_dict().values():
         weights.update(value.cpu().contiguous().numpy().tobytes())
-    return {"data": fingerprint(data), "VAE": weights.hexdigest()[:16]}
+    return {"data": fingerprint(data), "resolution": data.resolution,
+            "VAE": weights.hexdigest()[:16]}
 
 
 @torch.no_grad()
@@ -1158,29 +1253,29 @@ def encode(vae: str, data: str, out: str, resolution: int = 0, batch: int = 64):
     folder = Path(out)
     with rank0_first():
         net, images = load_vae(vae)[0], open_images(data, resolution)
-        if images.resolution % net.cfg.downsampling:
-            raise ValueError(f"{data} at {images.resolution} px: give --resolution=, a multiple of "
-                             f"{net.cfg.downsampling}")
-        latents, done = open_cache(folder, cache_about(images, net), net.cfg, images)
+        check_side(images, net)
+        latents, labels = open_cache(folder, cache_about(images, net), net.cfg, images)
     net.to(device, memory_format=torch.channels_last).eval()
     N = len(images)
     mine = np.arange(rank * N // world_size, (rank + 1) * N // world_size)
-    todo = split(mine[~done[mine]].tolist(), batch)
-    workers = min(8, os.cpu_count()) if isinstance(images, Folder) else 0
-    loader = torch.utils.data.DataLoader(images, batch_sampler=todo, collate_fn=collate,
-                                         num_workers=workers)
-    for rows, (image, _) in zip(todo, tqdm(loader, "encoding", disable=rank > 0)):
-        mean, logvar = net.encode(to_float(image.to(device)))
-        latents[rows] = torch.stack([mean, (logvar / 2).exp()], 1).half().cpu().numpy()
+    mine = mine[labels[mine] == 0].tolist()
+    todo = split(mine, batch)
+    loaded = load_batches(images, todo, batch, default_workers(images), device)
+    for rows, (image, label) in zip(todo, tqdm(loaded, "encoding", disable=rank > 0)):
+        mean, logvar = net.encode(to_float(image))
+        moments = torch.stack([mean, (logvar / 2).exp()], 1)     # [B, 2, C, h, w]
+        latents[rows] = moments.half().cpu().numpy()
         latents.flush()                                         # on the disk before it counts
-        done[rows] = True
-    done.flush()
+        labels[rows] = label.cpu().numpy() + 1
+    labels.flush()
+    name_unreadable(images, set(), rank, device)
 
 
 def open_cache(folder, about, vae_config, images):
-    """A new cache, or one that `encode` has begun -> latents [N, 2, C, h, w], done [N], mapped."""
+    """A new cache, or one that `encode` has begun -> latents [N, 2, C, h, w] and labels [N] plus 1
+    (0: not encoded yet), mapped."""
     file = folder / "cache.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_out(file)
     if not file.exists():
         temporary = folder / f"cache.{os.getpid()}.tmp"
         temporary.write_text(json.dumps(about))
@@ -1189,11 +1284,11 @@ def open_cache(folder, about, vae_config, images):
         raise ValueError(f"{folder} is a cache of another VAE or of other data: name another "
                          "folder")
     if not (folder / "latents.npy").exists():                   # then none is done
-        (folder / "done.npy").unlink(missing_ok=True)
+        (folder / "labels.npy").unlink(missing_ok=True)
     N, side = len(images), images.resolution // vae_config.downsampling
     shape = N, 2, vae_config.z_channels, side, side
     latents = open_array(folder / "latents.npy", np.float16, shape)
-    return latents, open_array(folder / "done.npy", np.bool_, (N,))
+    return latents, open_array(folder / "labels.npy", np.int64, (N,))
 
 
 def read_about(folder):
@@ -1209,24 +1304,30 @@ class CachedLatents:
         self.data, self.file, self.images = data, Path(folder) / "latents.npy", images
         about = read_about(self.file.parent)
         with reading(folder, "a cache of train.py encode"):
-            done = np.load(self.file.parent / "done.npy")
+            self.labels = torch.from_numpy(np.load(self.file.parent / "labels.npy") - 1)
             np.load(self.file, mmap_mode="r")
         for what, own in cache_about(data, vae).items():
             if about.get(what) != own:
                 raise ValueError(f"{folder} is the cache of another {what}: make one by train.py "
                                  "encode")
-        if len(done) != len(data) or not done.all():
+        if hasattr(data, "unreadable"):
+            self.unreadable = data.unreadable
+        if len(self.labels) != len(data) or (self.labels < 0).any():
             raise ValueError(f"{folder} is not complete: run the same train.py encode again")
 
     def __len__(self):
         return len(self.data)
 
+    @property
+    def resolution(self):
+        return self.data.resolution if self.images else 0
+
     def __getitems__(self, indices):
         moments = torch.from_numpy(np.load(self.file, mmap_mode="r")[indices])
-        if self.images or isinstance(self.data, Shapes):
+        if self.images:
             return *fetch(self.data, indices), moments
         empty = torch.zeros(len(indices), 3, 0, 0, dtype=torch.uint8)
-        return empty, self.data.labels[indices], moments
+        return empty, self.labels[indices], moments
 
 
 # ---- The command ----------------------------------------------------------------
@@ -1242,6 +1343,8 @@ def open_out(cfg, rank):
     """Makes the run's folder and locks it."""
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        if cfg.first_stage:
+            Path(first_stage_config(cfg).out).mkdir(exist_ok=True)
         if rank == 0:
             lock(cfg.out)
             for folder in (Path(cfg.out), Path(cfg.out) / "first-stage"):
@@ -1258,7 +1361,7 @@ def main(argv):
     if argv and argv[0] in commands:
         return parse(commands[argv[0]], argv[1:])
     cfg = parse(Config, argv, PRESETS)
-    rank, world_size, device = init_distributed()
+    rank, world_size, device = init_distributed(apple=True)
     if found := problems(cfg, world_size):
         raise ValueError("; ".join(found))
     if rank == 0:
@@ -1266,6 +1369,8 @@ def main(argv):
                    if value != getattr(Config, key)}
         print(f"settings that differ from the paper's run: {differs or 'none'}")
     if cfg.dry:
+        for option, path, missing in needed_files(cfg) * (rank == 0):
+            print(f"{option:8} {path}: {'there' if path.exists() else missing}")
         return
     open_out(cfg, rank)
     if cfg.deterministic:
@@ -1276,8 +1381,9 @@ def main(argv):
     stop, finished = PoliteStop(world_size), True
     if cfg.first_stage and cfg.trains_sit and cfg.vae in VAES and not cfg.init:
         stage = first_stage_config(cfg)
-        Path(stage.out).mkdir(exist_ok=True)
         if not has_state(cfg.out):
+            if cfg.aligned:                 # else its faults would show after the first stage
+                load_run_teacher(cfg, open_images(cfg.data, cfg.resolution), 1)
             finished = run(stage, rank, world_size, device, stop)
         cfg = replace(cfg, vae=stage.out, sigma=0.0)            # the stage's VAE carries its sigma
     if finished:

@@ -22,8 +22,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import zipfile
-from contextlib import contextmanager
+from collections import Counter, OrderedDict
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torchvision.datasets import ImageFolder
 
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         h = self.norm(x)
         q, k, v = (self.tokens(conv(h)) for conv in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)                             # [B, 1, hw, c]
-        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(h[:, 0].mT.reshape(x.shape))
 
     @staticmethod
     def tokens(h):
@@ -116,15 +117,11 @@ class Attention(nn.Module):
         return h.flatten(2).mT.contiguous()[:, None]
 
 
-class Downsample(nn.Module):
+def downsample(c):
     """[B, c, h, w] -> [B, c, h/2, w/2], padded on the right and at the bottom only."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(
+        pad=nn.ZeroPad2d((0, 1, 0, 1)),
+        conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
 class Upsample(nn.Module):
@@ -144,17 +141,12 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
-class Middle(nn.Module):
+def middle_blocks(c, groups):
     """Block, attention, block at the smallest side."""
-
-    def __init__(self, c, groups):
-        super().__init__()
-        self.block_1 = ResBlock(c, c, groups)
-        self.attn_1 = Attention(c, groups)
-        self.block_2 = ResBlock(c, c, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+    return nn.Sequential(OrderedDict(
+        block_1=ResBlock(c, c, groups),
+        attn_1=Attention(c, groups),
+        block_2=ResBlock(c, c, groups)))
 
 
 class Stage(nn.Module):
@@ -170,7 +162,7 @@ class Stage(nn.Module):
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute:
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
@@ -190,9 +182,9 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip([cfg.ch, *widths], widths)):
             stage = Stage(c_in, c_out, cfg.num_res_blocks, cfg.groups, cfg.attn_last and i == last)
-            stage.downsample = Downsample(c_out) if i < last else nn.Identity()
+            stage.downsample = downsample(c_out) if i < last else nn.Identity()
             self.down.append(stage)
-        self.mid = Middle(widths[-1], cfg.groups)
+        self.mid = middle_blocks(widths[-1], cfg.groups)
         self.norm_out = nn.GroupNorm(cfg.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.z_channels, 3, padding=1)
 
@@ -214,7 +206,7 @@ class Decoder(nn.Module):
         widths = [cfg.ch * m for m in cfg.ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(cfg.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], cfg.groups)
+        self.mid = middle_blocks(widths[-1], cfg.groups)
         self.up = nn.ModuleList()                               # up[i] has the side of down[i]
         for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths)):
             attention = cfg.attn_last and i == last
@@ -297,9 +289,9 @@ class Discriminator(nn.Module):
     def __init__(self, ch=64):
         super().__init__()
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c_in, c_out, stride in ((ch, 2 * ch, 2), (2 * ch, 4 * ch, 2), (4 * ch, 8 * ch, 1)):
-            norm = nn.BatchNorm2d(c_out)
-            conv = nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False)
+        for c, stride in ((ch, 2), (2 * ch, 2), (4 * ch, 1)):
+            conv = nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)
+            norm = nn.BatchNorm2d(2 * c)
             nn.init.normal_(norm.weight, 1.0, 0.02)
             layers += [conv, norm, nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
@@ -318,7 +310,8 @@ def kl_divergence(mean, logvar):
 
 def reconstruction_loss(x, rec, kind="l1"):
     """Mean absolute ("l1") or squared ("l2") error of pixels in [-1, 1]."""
-    return F.l1_loss(rec.float(), x) if kind == "l1" else F.mse_loss(rec.float(), x)
+    loss = F.l1_loss if kind == "l1" else F.mse_loss
+    return loss(rec.float(), x)
 
 
 def generator_loss(fake_logits):
@@ -337,7 +330,8 @@ def adaptive_gan_weight(nll, gan, last_layer):
     """LDM's balance of the gradients at the decoder's last layer: |d nll| / |d gan|, detached."""
     d_nll, = torch.autograd.grad(nll, last_layer, retain_graph=True)
     d_gan, = torch.autograd.grad(gan, last_layer, retain_graph=True)
-    return (d_nll.float().norm() / (d_gan.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+    weight = d_nll.float().norm() / (d_gan.float().norm() + 1e-4)
+    return weight.clamp(max=1e4).detach()
 
 
 class LPIPS(nn.Module):
@@ -347,13 +341,15 @@ class LPIPS(nn.Module):
     def __init__(self, legacy_range=False):
         super().__init__()
         import lpips            # here: it takes a second, and the tiny preset does without
-        file = f"{torch.hub.get_dir()}/checkpoints/vgg16-397923af.pth"
-        with reading(file, "VGG16 for LPIPS: put torchvision's file there, or use --lpips=0"):
+        with reading(self.file(), "VGG16 for LPIPS: put torchvision's file there, or use "
+                     "--lpips=0"):
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
         self.legacy_range = legacy_range
 
-    def train(self, mode=True):
-        return super().train(False)     # the package's dropout never runs
+    @staticmethod
+    def file():
+        """Where torchvision keeps VGG16's weights."""
+        return Path(torch.hub.get_dir()) / "checkpoints/vgg16-397923af.pth"
 
     def features(self, x):
         """Five VGG feature maps, each position scaled to unit length. The epsilon is inside the
@@ -381,7 +377,7 @@ def reading(file, kind):
     name. `kind` says what is expected there, and what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())[:300]
@@ -393,18 +389,15 @@ def reading(file, kind):
                          f"{kind}") from error
 
 
-def load_pt(file):
+def load_pt(file, mapped=True):
     """A .pt file -> tensors, numbers and dicts, mapped into memory; nothing in it is executed.
     torch.load looks at no checksum, so the zip's are verified here."""
     zipped = zipfile.is_zipfile(file)
-    if zipped and (bad := zipfile.ZipFile(file).testzip()):
-        raise ValueError(f"the checksum of {bad} in {file} differs")
+    if zipped and zipfile.ZipFile(file).testzip():
+        raise ValueError(f"a checksum in {file} is wrong")
     with torch.serialization.safe_globals([argparse.Namespace]):        # the authors' args
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    for value in tree_leaves(content):
-        if torch.is_tensor(value) and value.nbytes > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor in {file} claims {list(value.shape)}, more than it holds")
-    return content
+        return torch.load(file, map_location="cpu", weights_only=True,
+                          mmap=zipped and mapped)
 
 
 def load_weights(net, weights):
@@ -415,80 +408,209 @@ def load_weights(net, weights):
     net.load_state_dict(weights)
 
 
+def dicts_in(content):
+    """The content of a file and the dicts in it; those of averages (ema) come first."""
+    yield content
+    inner = [(str(name), value) for name, value in content.items() if isinstance(value, dict)]
+    for _, value in sorted(inner, key=lambda item: "ema" not in item[0]):
+        yield from dicts_in(value)
+
+
+def unwrap(content, keys, file):
+    """The state dict in a file's content that has these keys: the content itself or a dict in it,
+    less what wrappers add to names: module., _orig_mod., and any prefix (first_stage_model.)."""
+    found = list(dicts_in(content))
+    for weights in found:
+        weights = {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", str(name)): value
+                   for name, value in weights.items()}
+        for name in weights:
+            prefix = name.removesuffix(keys[0])
+            ends = name.endswith(keys[0]) and (not prefix or prefix.endswith("."))
+            if ends and all(prefix + key in weights for key in keys):
+                return {other.removeprefix(prefix): value for other, value in weights.items()
+                        if other.startswith(prefix)}
+    names = [str(name) for weights in found for name in weights]
+    dots = " ..." if len(names) > 4 else ""
+    raise ValueError(f"{file} holds {', '.join(names[:4]) or 'nothing'}{dots}, expected a network "
+                     f"with {keys[0]}")
+
+
 def collate(batch):
     """A batch as a data set's __getitems__ made it, or a list of (image, label) -> tensors."""
     if isinstance(batch, tuple):
         return batch
-    images, labels = zip(*batch)
-    return torch.stack(images), torch.tensor(labels)
+    return tuple(torch.utils.data.default_collate(batch))
 
 
 def fetch(data, indices):
     """The images with these numbers: uint8 [B, 3, R, R], labels [B], and what a cache adds."""
     if hasattr(data, "__getitems__"):
-        return collate(data.__getitems__(indices))
+        return data.__getitems__(indices)
     return collate([data[i] for i in indices])
+
+
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+
+
+def upright_rgb(image):
+    """A PIL image of any mode -> RGB: turned as its EXIF data say, on white where it is
+    transparent, 16-bit grey scaled to 8 bits."""
+    raw = str(image.tile[0][3]) if getattr(image, "tile", None) else ""     # before it is read
+    image.load()
+    with suppress(Exception):           # odd EXIF data turn nothing
+        image = image.transpose(TURNS[image.getexif()[0x0112]])
+    clear = image.info.get("transparency")
+    if image.mode.startswith("I"):      # convert("RGB") would clip it
+        pixels = np.asarray(image)
+        grey = (pixels.clip(0, 65535) / 257).round()
+        if clear is not None:
+            grey[pixels == clear] = 255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if raw in ("L;2", "L;4") and clear is not None:     # PIL scales the pixels, but not this color
+        image.info["transparency"] = clear * (85 if raw == "L;2" else 17)
+    if raw == "RGB;16B" and clear is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if clear is not None or image.mode in ("LA", "PA", "RGBA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def middle(image, width, height):
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def center_crop(image, resolution):
     """ADM's crop (Dhariwal and Nichol): PIL image of any size -> uint8 [3, R, R]. It is halved by
-    BOX while its short side is at least 2R, brought to R by BICUBIC, and its centre is kept."""
-    if image.mode.startswith("I"):      # 16-bit grey: convert("RGB") would clip it
-        grey = (np.asarray(image).clip(0, 65535) / 257).round()
-        image = Image.fromarray(grey.astype(np.uint8))
-    image = image.convert("RGB")
+    BOX while its short side is at least 2R, brought to R by BICUBIC, and its centre is kept. One
+    of more than 64 times its short side is cut to that before: it would be enlarged as a whole."""
+    image = upright_rgb(image)
+    longest = 64 * min(image.size)
+    if max(image.size) > longest:
+        image = middle(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = resolution / min(image.size)
     size = round(image.width * scale), round(image.height * scale)
-    image = image.resize(size, Image.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    pixels = np.asarray(image)[top : top + resolution, left : left + resolution]
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    image = middle(image.resize(size, Image.BICUBIC), resolution, resolution)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# what systems leave in folders, beside names that begin with a dot
+LEFTOVERS = {"__macosx", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle",
+             "#snapshot", "$recycle.bin", "recycler", "lost+found", "found.000", "__pycache__",
+             "system volume information", "network trash folder", "temporary items", "thumbs.db",
+             "ehthumbs.db", "desktop.ini"}
+UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}     # PIL knows them, but reads none
+
+
+def leftover(name):
+    return name.startswith((".", "~$")) or name.lower() in LEFTOVERS
+
+
+def suffixes():
+    """Of all files that PIL reads."""
+    Image.init()
+    readable = Image.OPEN.keys() - UNREAD
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in readable}
 
 
 class Folder(ImageFolder):
-    """FOLDER/class/image.jpg: the classes are the names of the folders. A folder of images without
-    class folders is one class, named after it. resolution 0: 256, without classes the first's."""
-    SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    """FOLDER/class/.../image.jpg, all formats that PIL reads: the classes are the names of the
+    folders. A folder of images without class folders is one class, named after it. resolution 0:
+    256 px, without class folders the first image's short side.
+
+    left_out: how many other files there are, by suffix. unreadable: uint8 [N], 1 for an image that
+    could not be read; data workers share it.
+    """
 
     def __init__(self, path, resolution=0):
-        path = Path(path).absolute()
+        path = Path(path).expanduser().absolute()
         if not path.is_dir():
-            raise ValueError(f"no data folder at {path}: expected a tree like {path}/dog/1.jpg, or "
-                             "use --data=tiny")
-        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+            raise ValueError(f"no data folder at {path}: name one, or use --data=tiny")
+        self.folder, self.left_out, self.suffixes = path, Counter(), suffixes()
+        entries = [entry for entry in os.scandir(path) if not leftover(entry.name)]
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
         self.names = folders or [path.name]
+        if folders and len(folders) < len(entries):
+            self.left_out["outside of class folders"] = len(entries) - len(folders)
         with reading(path, "images in each class folder: remove an empty one, or "
                      "name the folder whose subfolders are the classes"):
-            super().__init__(path if folders else path.parent, is_valid_file=self.is_image)
+            super().__init__(path if folders else path.parent, is_valid_file=self.takes)
         self.labels = torch.tensor(self.targets)
-        self.resolution = resolution or 256
-        if not resolution and not folders:
-            with Image.open(self.samples[0][0]) as image:
-                self.resolution = min(image.size)
+        self.unreadable = torch.zeros(len(self), dtype=torch.uint8)
+        self.resolution = resolution or (256 if folders else self.own_size())
 
     def find_classes(self, directory):
+        """Called by ImageFolder -> the names, and each one's label."""
         return self.names, {name: i for i, name in enumerate(self.names)}
 
-    @classmethod
-    def is_image(cls, file):
-        return file.lower().endswith(cls.SUFFIXES)
+    def takes(self, file):
+        """Called by ImageFolder: is it an image, by its name?"""
+        *folders, name = os.path.relpath(file, self.folder).split(os.sep)
+        if any(map(leftover, [*folders, name])):
+            return False
+        suffix = Path(name).suffix.lower()
+        if suffix not in self.suffixes:
+            self.left_out[suffix or "without a suffix"] += 1
+        return suffix in self.suffixes
 
-    def __getitem__(self, i):
+    @property
+    def files(self):
+        """Their names below the folder, with slashes."""
+        return [Path(os.path.relpath(file, self.folder)).as_posix() for file, _ in self.samples]
+
+    def own_size(self):
+        """The short side of the first image that can be read."""
+        for file, _ in self.samples:
+            with suppress(Exception), Image.open(file) as image:
+                return min(image.size)
+        raise ValueError(f"{self.folder} holds no image that can be read")
+
+    def read(self, i):
+        """Image i itself; ValueError if it can't be read."""
         file, label = self.samples[i]
         with reading(file, "an image: repair or remove it"), Image.open(file) as image:
             return center_crop(image, self.resolution), label
 
+    def __getitem__(self, i):
+        """Image i, or the next one that can be read, with that one's label."""
+        for j in range(i, i + 100):
+            try:
+                return self.read(j % len(self))
+            except ValueError as error:
+                self.unreadable[j % len(self)] = 1
+                last = error
+        raise ValueError(f"a hundred images in a row cannot be read: {last}")
 
-class Pack:
+
+class Batches:
+    """A data set that reads or draws a batch at once, in __getitems__."""
+
+    def __getitem__(self, i):
+        images, labels = self.__getitems__([i])
+        return images[0], labels[0]
+
+
+class Pack(Batches):
     """Images uint8 [N, R, R, 3] of one file, cropped before: a memory-mapped .npy, opened by each
-    process for itself, or an array. Rows with label -1 are not images."""
+    process for itself, or an array. A row with label -1 could not be read: the next one takes its
+    place, as in Folder. files: their names, if they had any."""
 
-    def __init__(self, images, labels, classes):
-        self.images = images                    # a Path or an array
-        self.rows = np.flatnonzero(labels >= 0)
+    def __init__(self, images, labels, classes, files=None):
+        self.images, self.files = images, files         # images: a Path or an array
+        readable = np.flatnonzero(labels >= 0)
+        if not len(readable):
+            raise ValueError("it holds no image")
+        following = np.searchsorted(readable, np.arange(len(labels))) % len(readable)
+        self.rows = readable[following]
         self.labels = torch.from_numpy(labels[self.rows].astype(np.int64))
+        self.unreadable = torch.from_numpy((labels < 0).astype(np.uint8))
+        self.own_labels = labels.copy()                 # of unreadable rows, too, by their names
+        for i in np.flatnonzero(labels < 0) if files else ():
+            self.own_labels[i] = classes.index(files[i].split("/")[0]) if "/" in files[i] else 0
         self.classes = [str(name) for name in classes]
         self.resolution = self.array().shape[1]
 
@@ -500,21 +622,18 @@ class Pack:
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, i):
-        images, labels = self.__getitems__([i])
-        return images[0], labels[0]
-
     def __getitems__(self, indices):
         images = torch.from_numpy(self.array()[self.rows[indices]])
         return images.permute(0, 3, 1, 2), self.labels[indices]
 
 
 def open_pack(folder):
-    """A folder of `train.py pack`: images.npy, labels.npy, classes.json."""
+    """A folder of `train.py pack`: images.npy, labels.npy, classes.json, files.json."""
     with reading(folder, "a pack of train.py pack: pack the folder again"):
         labels = np.load(folder / "labels.npy")
         classes = json.loads((folder / "classes.json").read_text())
-        return Pack(folder / "images.npy", labels, classes)
+        files = json.loads((folder / "files.json").read_text())
+        return Pack(folder / "images.npy", labels, classes, files)
 
 
 def open_npz(path):
@@ -523,18 +642,18 @@ def open_npz(path):
         arrays = np.load(path)
         images = arrays["arr_0"]
         N, R = images.shape[:2]
-        if images.dtype != np.uint8 or images.shape != (N, R, R, 3):
-            raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}")
-        labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(len(images), np.int64)
-        if labels.shape != (N,):
-            raise ValueError(f"arr_1 is {list(labels.shape)}")
-        names = arrays["classes"] if "classes" in arrays else range(labels.max(initial=0) + 1)
-        return Pack(images, labels, names)
+        labels = arrays.get("arr_1", np.zeros(N, np.int64))
+        if images.dtype != np.uint8 or images.shape != (N, R, R, 3) or labels.shape != (N,):
+            raise ValueError(f"arr_0 is {images.dtype} {list(images.shape)}, arr_1 "
+                             f"{list(labels.shape)}")
+        classes = arrays.get("classes", range(labels.max(initial=0) + 1))
+        return Pack(images, labels, classes)
 
 
 def open_images(path, resolution=0):
     """tiny, an .npz, a pack or a folder -> a data set, cropped to R; 0: as Folder, others as they
     come. ValueError says what is wrong."""
+    path = os.path.expanduser(path)
     if path == "tiny":
         data = Shapes(resolution or 32)
     elif path.endswith(".npz"):
@@ -549,16 +668,20 @@ def open_images(path, resolution=0):
 
 
 def fingerprint(data):
-    """A hash of classes, labels and resolution: which data these are. A pack has its folder's."""
-    about = hashlib.sha256(json.dumps([data.classes, data.resolution]).encode())
-    about.update(np.asarray(data.labels, np.int64).tobytes())
-    return about.hexdigest()[:16]
+    """A hash of classes, labels and relative names: which data these are, wherever they are. A pack
+    has its folder's. (One class has the name of its folder, which may change.)"""
+    if "print" not in vars(data):
+        classes = data.classes if len(data.classes) > 1 else 1
+        labels = np.asarray(getattr(data, "own_labels", data.labels)).tolist()
+        about = json.dumps([classes, labels, getattr(data, "files", None)])
+        data.print = hashlib.sha256(about.encode()).hexdigest()[:16]
+    return data.print
 
 
 # ---- The drawn shapes -----------------------------------------------------------
 # The data of the tiny preset: each image is a function of its number alone.
 
-class Shapes:
+class Shapes(Batches):
     """Ten kinds of shapes; position, size, rotation, colors and shading vary. Images 0..length-1,
     counted from `first`, are for training; those beyond are held out."""
     classes = ["disc", "ring", "square", "frame", "triangle", "star", "plus", "heart", "moon",
@@ -571,17 +694,12 @@ class Shapes:
     def __len__(self):
         return self.length
 
-    def __getitem__(self, i):
-        images, labels = self.__getitems__([i])
-        return images[0], labels[0]
-
     def __getitems__(self, indices):
-        images, labels, _ = self.draw(indices)
-        return images, labels
+        return self.draw(indices)[:2]
 
     def draw(self, indices):
         """-> images uint8 [B, 3, R, R], labels [B], masks float [B, R, R] (1 inside the shape)."""
-        B, R = len(indices), self.resolution
+        R = self.resolution
         u = np.stack([np.random.default_rng(self.first + i).random(16) for i in indices])
         u = torch.from_numpy(u).float()[:, :, None, None]           # uniform [B, 16, 1, 1]
         label = (u[:, 0, 0, 0] * 10).long()
@@ -592,45 +710,51 @@ class Shapes:
         angle = (u[:, 4] - 0.5) * 0.4                               # +-11 degrees
         gx = (torch.arange(R) + 0.5) / R * 2 - 1
         gy = gx[:, None]
-        dx, dy = gx - shift[:, 0], gy - shift[:, 1]
         cos, sin = angle.cos(), angle.sin()
-        X, Y = (cos * dx + sin * dy) / size, (cos * dy - sin * dx) / size
+        dx, dy = gx - shift[:, 0], gy - shift[:, 1]
+        X = (cos * dx + sin * dy) / size
+        Y = (cos * dy - sin * dx) / size
 
         # signed distance to the edge, in radii, negative inside; the mask is antialiased
-        chosen = label[None, :, None, None].expand(1, B, R, R)
-        distance = self.distances(X, Y).gather(0, chosen)[0]
+        distance = distances(X, Y)[label, range(len(label))]
         mask = (0.5 - distance * size * R / 2).clamp(0, 1)
 
         # colors [B, 3, 1, 1]: a gradient, and a shape that stands out, shaded the other way
-        base, hue = u[:, 5:8] * 0.8 + 0.1, u[:, 8:11] * 0.8 + 0.1
+        base, color = (u[:, 5:11] * 0.8 + 0.1).split(3, dim=1)
         far = torch.where(base > 0.5, base - 0.45, base + 0.45)
-        differs = (hue - base).abs().amax(1, keepdim=True) > 0.4
-        color = torch.where(differs, hue, far)
-        slope, direction = (u[:, 11:14] - 0.5) * 0.6, u[:, 14] * 2 * math.pi
+        differs = (color - base).abs().amax(1, keepdim=True) > 0.4
+        color = torch.where(differs, color, far)
+        slope = (u[:, 11:14] - 0.5) * 0.6
+        direction = u[:, 14] * 2 * math.pi
         along = (direction.cos() * gx + direction.sin() * gy)[:, None]      # [B, 1, R, R]
         back, front = base + slope * along, color - slope * along / 2
         image = back + mask[:, None] * (front - back)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8), label, mask
 
-    @staticmethod
-    def distances(X, Y):
-        """-> [10, B, R, R]: signed distances, approximate far from the edge, in .classes' order."""
-        r, ax = (X * X + Y * Y).sqrt(), X.abs()
 
-        def box(x, y, w, h):
-            return torch.maximum(x.abs() - w, y.abs() - h)
-        heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55), (0.9, -0.1), (0.5, 0.45),
-                 (0, 0.95)]
-        heart = heart + [(-x, y) for x, y in heart[-2:0:-1]]
-        arrow = [(0, -1), (0.8, -0.1), (0.33, -0.1), (0.33, 0.95), (-0.33, 0.95), (-0.33, -0.1),
-                 (-0.8, -0.1)]
-        hole = ((X - 0.5) ** 2 + Y * Y).sqrt()
-        return torch.stack([
-            r - 0.9, (r - 0.72).abs() - 0.2,
-            box(X, Y, 0.8, 0.8), box(X, Y, 0.68, 0.68).abs() - 0.18,
-            polygon(X, Y, spokes([1.05] * 3)), polygon(X, Y, spokes([1.1, 0.45] * 5)),
-            torch.minimum(box(ax, Y, 0.95, 0.28), box(ax, Y, 0.28, 0.95)), polygon(X, Y, heart),
-            torch.maximum(r - 0.95, 0.75 - hole), polygon(X, Y, arrow)])
+def distances(X, Y):
+    """-> [10, B, R, R]: signed distances, approximate far from the edge, as in .classes."""
+
+    def circle(radius, x=0):
+        return ((X - x) ** 2 + Y * Y).sqrt() - radius
+
+    def box(w, h):
+        return torch.maximum(X.abs() - w, Y.abs() - h)
+
+    heart = [(0, -0.45), (0.25, -0.8), (0.6, -0.85), (0.92, -0.55),
+             (0.9, -0.1), (0.5, 0.45), (0, 0.95)]
+    arrow = [(0, -1), (0.8, -0.1), (0.33, -0.1), (0.33, 0.95)]
+    return torch.stack([
+        circle(0.9),
+        circle(0.72).abs() - 0.2,
+        box(0.8, 0.8),
+        box(0.68, 0.68).abs() - 0.18,
+        polygon(X, Y, spokes([1.05] * 3)),
+        polygon(X, Y, spokes([1.1, 0.45] * 5)),
+        torch.minimum(box(0.95, 0.28), box(0.28, 0.95)),
+        polygon(X, Y, mirrored(heart)),
+        torch.maximum(circle(0.95), -circle(0.75, x=0.5)),
+        polygon(X, Y, mirrored(arrow))])
 
 
 def spokes(radii):
@@ -639,15 +763,20 @@ def spokes(radii):
     return [(radius * math.cos(a), radius * math.sin(a)) for radius, a in zip(radii, angles)]
 
 
+def mirrored(half):
+    """The points of the right half, from the top -> of the whole."""
+    return half + [(-x, y) for x, y in reversed(half) if x > 0]
+
+
 def polygon(X, Y, points):
     """Signed distance to a closed polygon: to the nearest edge; crossings give the sign."""
     nearest = torch.full_like(X, 1e9)
     inside = torch.zeros_like(X, dtype=torch.bool)
     for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
-        ex, ey, px, py = x1 - x0, y1 - y0, X - x0, Y - y0
+        ex, ey = x1 - x0, y1 - y0                               # the edge
+        px, py = X - x0, Y - y0                                 # pixels, from its start
         along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-        distance = ((px - along * ex) ** 2 + (py - along * ey) ** 2).sqrt()
-        nearest = torch.minimum(nearest, distance)
-        if y0 != y1:
-            inside ^= ((y0 > Y) != (y1 > Y)) & (X < ex * py / ey + x0)
+        dx, dy = px - along * ex, py - along * ey               # from the nearest point of it
+        nearest = torch.minimum(nearest, (dx**2 + dy**2).sqrt())
+        inside ^= ((y0 > Y) != (y1 > Y)) & (X < ex * py / ey + x0)
     return torch.where(inside, -nearest, nearest)

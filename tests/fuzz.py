@@ -116,7 +116,7 @@ def make(root):
 
     net, pictures = Net(), V.open_pack(root / "pack")
     stats = E.feature_stats(pictures, len(pictures), net, 4, "")
-    stats = {name: np.asarray(stats[name]) for name in ("n", "mu", "sigma", "mu_s", "sigma_s")}
+    stats = {name: np.asarray(stats[name]) for name in ("mu", "sigma", "mu_s", "sigma_s")}
     images = V.fetch(pictures, range(len(pictures)))[0].permute(0, 2, 3, 1).numpy()
     np.savez(root / "reference/images.npz", arr_0=images)
     np.savez(root / "reference/both.npz", arr_0=images, network="inception", **stats)

@@ -137,7 +137,7 @@ def set_precision(name=""):
     torch.backends.cudnn.allow_tf32 = name != "float32"
     train.autocast = sample.autocast
     if name:
-        train.autocast = lambda device: torch.autocast(
+        train.autocast = lambda device, *_: torch.autocast(
             device.type, torch.bfloat16, enabled=name == "bf16")
 
 

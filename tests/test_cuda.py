@@ -142,7 +142,7 @@ def test_rounded_weights_give_the_same_bits():
 def test_a_vae_is_evaluated_in_float32(tmp_path, monkeypatch):
     """recon and align encode and decode outside of autocast; SiT and the teacher run under it."""
     run(config(tmp_path / "run", "--steps=2", "--save_every=2"))
-    monkeypatch.setattr(ev, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(ev, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(ev, "load_tiny_classifier", lambda resolution: ev.TinyClassifier().eval())
     seen = []
 

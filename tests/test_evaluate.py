@@ -26,7 +26,7 @@ import evaluate as ev
 from repa import TinyTeacher
 from sample import load_pipeline
 from sit import SiT, SiTConfig
-from vae import VAE, Shapes, VAEConfig, fetch
+from vae import VAE, Shapes, VAEConfig, fetch, open_npz
 
 
 def close(a, b, rel):
@@ -556,7 +556,7 @@ def test_adm_reference_is_read_by_key(net, tmp_path):
     for reference in (adm, bare):
         assert "n" not in reference
         assert all(np.array_equal(reference[k], v) for k, v in stored.items())
-    assert "rows" not in bare and own["n"] == 6 and own["mu_s"].shape == (2023,)
+    assert "rows" not in bare and own["mu_s"].shape == (2023,)
     for reference in (adm, own):
         close(reference["rows"], rows, 1e-5)
     close(own["mu"], rows.double().mean(0), 1e-5)
@@ -579,7 +579,7 @@ def test_wrong_references_are_one_line(net, tmp_path):
     np.savez(tmp_path / "float.npz", x / 255)
     (tmp_path / "garbage.npz").write_bytes(b"<html>404</html>")
     words = dict(network="tiny features .128., not inception .2048.: use --features=tiny",
-                 width="features .768.", size="64 px, the samples have 32", alone="sigma",
+                 width="features .768.", size="64 px, expected 32", alone="sigma",
                  square="sigma is .5, 2048.", empty="neither images .arr_0. nor statistics",
                  float="arr_0 is float64", garbage="expected a reference", absent="no file at")
     for name, word in words.items():
@@ -604,9 +604,9 @@ def test_mistakes_end_in_one_line(tiny, capsys):
             (["align", checkpoint], "data"),
             (["align", checkpoint, "tiny", "--guidance=2"], "--guidance"),
             (["recon", checkpoint, "tiny", "--count=1"], "1 images are too few"),
-            ([*gen, "--steps=1"], "--steps at least 2"),
-            ([*gen, "--batch=0"], "--batch must be at least 1"),
-            ([*gen, "--solver=ab3"], "did you mean ab2"),
+            ([*gen, "--steps=1"], "at least 1, --steps 2"),
+            ([*gen, "--batch=0"], "--batch=0: expected at least 1"),
+            ([*gen, "--solver=ab22"], "did you mean ab2"),
             ([*gen, "--guidance=1,x"], "--guidance=1,x"),
             ([*gen, "--guidance=2", "--interval=0"], "--interval=0:"),
             ([*gen, "--guidance=2", "--interval=0.8:0.1"], "low <= high"),
@@ -682,7 +682,7 @@ def test_recon(tiny, monkeypatch):
         # Other batches round a few pixels to the next level. abs: this SSIM is 0.01 of 1, and one
         # such pixel moves it by 2e-7.
         assert other == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    images, _ = fetch(ev.open_npz(str(held_out)), range(32))
+    images, _ = fetch(open_npz(str(held_out)), range(32))
     with torch.no_grad():                               # in the command's own parts and layout
         parts = [ev.to_float(part) for part in images.split(ev.DECODED)]
         rec = torch.cat([ev.to_uint8(vae.decode(vae.encode(part)[0])) for part in parts])

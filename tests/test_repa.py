@@ -148,7 +148,7 @@ def test_table_of_teachers():
     for size, dim in (("s", 384), ("b", 768), ("l", 1024), ("g", 1536)):
         expected |= {f"dinov2_vit{size}14{registers}": (dim, 14) for registers in ("", "_reg")}
     found = {name: (teacher.dim, teacher.stride) for name, teacher in repa.TEACHERS.items()}
-    assert found == expected
+    assert found.items() >= expected.items()
 
 
 @pytest.mark.parametrize("resolution, side", [(256, 224), (280, 224), (64, 224), (225, 224)])
@@ -235,8 +235,16 @@ def test_unknown_teacher():
     """A wrong name lists the right ones; the tiny teacher without its data says what it needs."""
     with pytest.raises(ValueError, match="'dinov3'.*tiny, dinov2_vits14, dinov2_vits14_reg"):
         repa.load_teacher("dinov3", 16)
-    with pytest.raises(ValueError, match="--data=tiny: use both, or one of dinov2_vits14"):
+    with pytest.raises(ValueError, match="--teacher=tiny learns from labels.* or one of dinov2_vits14"):
         repa.load_teacher("tiny", 4)
+
+
+@torch.no_grad()
+def accuracy(net):
+    """Of a tiny teacher's classes, on 1,000 images that it was not trained on."""
+    image, label, _ = Shapes(32).draw(range(10**6, 10**6 + 1000))
+    guess = net.eval().classify(net.features(image)[1]).argmax(1)
+    return (guess == label).float().mean().item()
 
 
 def test_tiny_teacher_learns():
@@ -246,10 +254,13 @@ def test_tiny_teacher_learns():
         torch.manual_seed(3)
         net = repa.TinyTeacher()
         torch.manual_seed(seed)
-        found.append((repa.train_tiny_teacher(net, Shapes(32).draw, steps=5, batch=16), net.state_dict()))
-    (poor, first), (accuracy, again) = found
-    assert accuracy == poor and all(torch.equal(value, again[key]) for key, value in first.items())
-    assert repa.train_tiny_teacher(repa.TinyTeacher(), Shapes(32).draw, steps=200, batch=32) > 0.5    # chance is 0.1
+        repa.train_tiny_teacher(net, Shapes(32).draw, steps=5, batch=16)
+        found.append((accuracy(net), net.state_dict()))
+    (poor, first), (again, weights) = found
+    assert again == poor and all(torch.equal(value, weights[key]) for key, value in first.items())
+    net = repa.TinyTeacher()
+    repa.train_tiny_teacher(net, Shapes(32).draw, steps=200, batch=32)
+    assert accuracy(net) > 0.5                                                                  # chance is 0.1
 
 
 def quick(monkeypatch, tmp_path):

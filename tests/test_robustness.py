@@ -191,7 +191,7 @@ def test_no_room_is_refused_before_the_first_step(tmp_path, monkeypatch, extra, 
     usage = shutil.disk_usage(tmp_path)
 
     def with_room(free, folder):
-        monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
         return run(config(folder, "--steps=3", *extra))
 
     for free, folder in ((too_few, tmp_path / "new"), (too_few - held, out)):
@@ -281,11 +281,11 @@ def test_other_data_is_refused(tmp_path):
 
 
 def test_resuming_names_what_has_changed(tmp_path, capsys):
-    """Other data, architecture, method, batch or seed: refused, with the differences; other
+    """Other architecture, method, batch or seed: refused, with the differences; other
     changes are listed."""
     cfg = config(tmp_path / "run", "--steps=1")
     run(cfg)
-    for key, value in (("data", "images"), ("sit", "3-32-2/2"), ("resolution", 64), ("batch", 4),
+    for key, value in (("sit", "3-32-2/2"), ("resolution", 64), ("batch", 4),
                        ("seed", 1), ("method", "repa"), ("latent_norm", "fixed"), ("hflip", True),
                        ("teacher", "dinov2_vitb14"), ("path", "cosine")):
         with pytest.raises(ValueError) as caught:

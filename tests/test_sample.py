@@ -204,7 +204,7 @@ class Shown:
 
 @pytest.mark.parametrize("scale, t, calls", [
     (2.5, 0.5, [4]), (2.5, 0.25, [4]), (2.5, 0.75, [4]), (2.5, 0.2, [2]), (2.5, 0.8, [2]),
-    (1.0, 0.5, [2]), (0.0, 0.5, [2])])
+    (1.0, 0.5, [2]), (0.0, 0.5, [4]), (0.5, 0.5, [4])])
 def test_guided(scale, t, calls):
     """Inside the interval, ends too, v_null + scale (v_y - v_null) in one call of 2B; outside, or
     where the scale switches guidance off, v_y in one call of B."""
@@ -478,7 +478,7 @@ def test_parse():
         assert P.parse(Demo, words, PRESETS) == Demo("x", steps=9, rate=2.0)
     given = P.parse(Demo, ["a=b", "--rate=1e-4", "--fast=True", "--solver=heun"])
     assert given == Demo("a=b", rate=1e-4, fast=True, solver="heun")
-    assert P.parse(Demo, ["x", "--fast=no", "--steps=-3"]) == Demo("x", steps=-3)
+    assert P.parse(Demo, ["x", "--fast=False", "--steps=-3"]) == Demo("x", steps=-3)
     assert P.parse(demo, ["x", "--to=y", "3"]) == ("x", 3, "y", 5)
     assert P.parse(demo, ["x", "3", "--steps=7", "--to="]) == ("x", 3, "", 7)
 
@@ -488,7 +488,7 @@ def test_parse():
     (Demo, ["x", "--steps=many"], ["--steps", "many"]),
     (Demo, ["x", "--steps=1.5"], ["--steps", "1.5"]),
     (Demo, ["x", "--rate=fast"], ["--rate", "fast"]),
-    (Demo, ["x", "--fast=2"], ["--fast", "expected 0 or 1"]),
+    (Demo, ["x", "--fast=2"], ["--fast", "expected one of 0, 1"]),
     (Demo, ["x", "--steps"], ["--steps"]),
     (Demo, ["x", "--solver=huen"], ["--solver", "huen", "did you mean heun"]),
     (Demo, ["x", "--solver="], ["--solver", "expected one of euler, heun"]),
@@ -595,7 +595,7 @@ def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
     before = sorted(os.listdir())
     for words, message in (
             (["vae.pt"], "a VAE without a SiT (--method=vae)"),
-            (["other.pt", "--vae=vae.pt"], "expected a checkpoint of train.py"),
+            (["other.pt", "--vae=vae.pt"], "holds a, expected a network with x_embedder"),
             (["repa.pt"], "name one with --vae="),
             (["repa.pt", "--vae=tiny"], "tiny is untrained"),
             (["repa.pt", "--vae=text.pt"], "text.pt"),
@@ -615,7 +615,7 @@ def test_mistakes_of_users(tmp_path, monkeypatch, capsys):
             (["m.pt", "--labels=even"], "even"),
             (["m.pt", "--classes=stra"], "star"),
             (["m.pt", "--guidnce=2"], "did you mean --guidance"),
-            (["m.pt", "--out=nowhere/a.png"], "nowhere"),
+            (["m.pt", "--out=m.pt/a.png"], "cannot write m.pt/a.png"),
             (["export", "m.pt"], "--to"),
             (["export", "absent.pt", "--to=new"], "no file at absent.pt")):
         monkeypatch.setattr(sys, "argv", ["sample.py", *words])

@@ -474,8 +474,8 @@ def test_published_sit_of_repa():
 
 NO_SIT = {       # kind: (what is in the file, what its line says)
     "a list": ([1], "cannot read"),
-    "no names": ({1: 2}, "cannot read"),
-    "no weights": ({"ema": None}, "cannot read"),
+    "no names": ({1: 2}, "holds 1, expected a network with x_embedder"),
+    "no weights": ({"ema": None}, "holds ema, expected"),
     "a VAE's": ({"encoder.conv_in.weight": 1}, "x_embedder"),
     "a number": ({"pos_embed": 3}, "cannot read"),
     "a weight missing": ({"blocks.1.attn.qkv.weight": None}, "blocks.1.attn.qkv.weight"),

@@ -275,7 +275,6 @@ def test_lpips_equals_the_package(vgg, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(vgg))
     ours, theirs = V.LPIPS(), lpips.LPIPS(net="vgg", verbose=False).eval()
     x, rec = (noise(2, 3, 32, 32, seed=k).clamp(-1, 1).requires_grad_() for k in (0, 1))
-    ours.train()
     loss, expected = ours(x, rec), theirs(x, rec).mean()
     assert error(loss, expected) < 1e-5 and loss.item() > 0
     gradient, = torch.autograd.grad(expected, rec)
@@ -538,7 +537,9 @@ def test_folder(tmp_path):
     assert labels.tolist() == data.labels.tolist() == [0] * 5 + [1] * 3
     for i, other in enumerate(images):
         expected = V.center_crop(picture if i < 5 else grey, 32)
-        limit = 0.01 if i in (0, 3, 4, 6, 7) else 3                 # JPEG loses a little
+        if i == 3:                                                      # on white
+            expected = 255 - (255 - expected.float()) * 7 / 255
+        limit = 0.01 if i in (0, 4, 6, 7) else 3                    # JPEG loses a little
         assert (other.int() - expected.int()).abs().float().mean() < limit, data.samples[i]
     again, labels = V.fetch(data, [6, 0])
     assert torch.equal(again, images[[6, 0]]) and labels.tolist() == [1, 0]
@@ -577,7 +578,7 @@ def test_bad_folders(tmp_path):
     for content in (b"", b"no image", whole[:100], whole[:middle], whole[:60] + b"??" + whole[62:]):
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            V.Folder(tmp_path / "data", 32)[0]
+            V.Folder(tmp_path / "data", 32).read(0)
         one_line(caught, path, "repair or remove it")
 
 
@@ -622,9 +623,8 @@ def test_data_sets(tmp_path, kind):
 
 
 def test_fingerprint():
-    """Another resolution, class or label is other data; the number of the drawn shapes counts."""
-    prints = [V.fingerprint(V.Shapes(32)), V.fingerprint(V.Shapes(64)),
-              V.fingerprint(V.Shapes(32, length=40_000))]
+    """Another class or label is other data; the number of the drawn shapes counts."""
+    prints = [V.fingerprint(V.Shapes(32)), V.fingerprint(V.Shapes(32, length=40_000))]
     for classes, labels in ((["a", "b"], [0, 1]), (["a", "c"], [0, 1]), (["a", "b"], [1, 0])):
         pack = V.Pack(np.zeros((2, 8, 8, 3), np.uint8), np.array(labels), classes)
         prints.append(V.fingerprint(pack))

@@ -16,6 +16,10 @@ if os.environ.get("OMP_NUM_THREADS", "").isdigit():
 LONG = ("test_train", "test_readme", "test_endurance", "test_gpu", "test_cases", "test_fuzz")
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False      # xdist's own order is by the number of tests
+
+
 def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
